@@ -1,0 +1,5 @@
+"""`python -m iqlite` is the `iqlite` command."""
+
+from iqlite.cli import main
+
+main()

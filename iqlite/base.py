@@ -1,0 +1,201 @@
+"""Hub id, folder, GGUF file, Ollama or LM Studio name, or the embedded model → the one frozen base and its tokenizer.
+
+NF4 with double quantisation through bitsandbytes, on CUDA and on a CPU. Compute is bfloat16 where the card has it, float16 on
+older cards, float32 on a CPU. No remote code, no pickled weights. This module writes nothing but its cache of converted GGUF files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from iqlite.errors import BaseError
+from iqlite.gguf_files import convert_gguf, find_gguf
+
+SUPPORTED = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
+"""Architectures (`model_type`) whose head is known, and tested, to be what `chunked.Head` computes."""
+
+IDENTITY_FILE = "iqlite.json"
+IDENTITY_TOLERANCE = 0.02  # relative; covers bfloat16, float16 and float32 copies of one norm
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells one base from another, whatever its folder is called and its dtype is: shape, and sixteen final-norm weights."""
+
+    name: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    norm: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, model: Any) -> Identity:
+        config, norm = model.config, model.get_decoder().norm.weight.detach().float().flatten()
+        probe = tuple(round(float(x), 6) for x in norm[torch.linspace(0, len(norm) - 1, 16).long()])
+        return cls(name, config.model_type, config.vocab_size, config.hidden_size, config.num_hidden_layers, probe)
+
+    def same_base(self, other: Identity) -> bool:
+        """True if both describe the same weights."""
+        shape, other_shape = ((i.model_type, i.vocab_size, i.hidden_size, i.layers) for i in (self, other))
+        close = all(abs(a - b) <= IDENTITY_TOLERANCE * (abs(a) + abs(b)) / 2 + 1e-3 for a, b in zip(self.norm, other.norm, strict=True))
+        return shape == other_shape and close
+
+    def write(self, folder: Path) -> None:
+        (folder / IDENTITY_FILE).write_text(json.dumps({"base": asdict(self)}, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Identity | None:
+        """The identity beside an adapter that iqlite wrote; None for an adapter from elsewhere."""
+        try:
+            fields = json.loads((folder / IDENTITY_FILE).read_text("utf-8"))["base"]
+            return cls(**{**fields, "norm": tuple(fields["norm"])})
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BaseError(f"{folder / IDENTITY_FILE} can't be read ({error}): delete it or save the adapter again.") from None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base in memory. `name` is what the recipe calls it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    compute_dtype: torch.dtype
+    quantization: str
+    identity: Identity
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model was made for, tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    """Where the base lives and what it computes in: CUDA with bfloat16, else float16; a CPU with float32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16 if native else torch.float16
+    return torch.device("cpu"), torch.float32
+
+
+def load_base(name: str, quantization: str = "nf4", *, revision: str | None = None, beside: Path = Path()) -> Base:
+    """Loads `name` (relative paths are looked up in `beside`); BaseError says in one sentence why it can't be had."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional CPU kernels that nobody asked for
+    device, dtype = device_and_dtype()
+    source = locate(name, beside, revision)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "revision": revision}
+    if quantization == "nf4":
+        check_bitsandbytes(device)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if device.type == "cuda":
+        options["device_map"] = {"": device.index}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        raise BaseError(explain(name, error)) from None
+    except (ValueError, KeyError) as error:
+        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose another base.") from None
+    except torch.OutOfMemoryError:
+        free = torch.cuda.get_device_properties(device).total_memory / 2**30
+        raise BaseError(f"base {name!r} doesn't fit this card's {free:.1f} GiB; choose a smaller base or quantization = \"nf4\".") from None
+    model.requires_grad_(False)
+    train_on_any_cpu(model)
+    return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, model))
+
+
+def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str:
+    """A folder in Hugging Face format (GGUF files are converted first), or the hub id once its architecture is known to be supported."""
+    from transformers import AutoConfig
+
+    gguf = find_gguf(name, beside)
+    if gguf is not None:
+        return str(convert_gguf(gguf, name))
+    folder = next((p for p in (beside / Path(name).expanduser(), Path(name).expanduser()) if p.is_dir()), None)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise BaseError(f"base folder {name!r} has no config.json: name a model folder in Hugging Face format, or a .gguf file.")
+        if not any(folder.glob("*.safetensors")):
+            raise BaseError(f"base folder {name!r} has no .safetensors weights (pickled weights aren't loaded): convert it to safetensors.")
+    elif Path(name).suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise BaseError(f"base {name!r}: no such file or folder; paths are relative to the recipe.")
+    source = str(folder.resolve()) if folder is not None else name
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
+    except OSError as error:
+        raise BaseError(explain(name, error)) from None
+    except (ValueError, KeyError) as error:
+        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose one of: {', '.join(SUPPORTED)}.") from None
+    if config.model_type not in SUPPORTED:
+        raise BaseError(f"base {name!r}: the architecture {config.model_type!r} isn't supported; choose one of: {', '.join(SUPPORTED)}.")
+    return source
+
+
+def train_on_any_cpu(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking NF4 weights for inference on CPUs with avx512_bf16.
+
+    It does so at the first forward in evaluation mode, and its packed product has no backward: after one rollout the base's
+    layers would pass no gradient on, with no word said (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def check_bitsandbytes(device: torch.device) -> None:
+    """A real 4-bit product against its own dequantised weights; BaseError with one fix if bitsandbytes is missing or broken."""
+    fix = 'reinstall it (pip install --force-reinstall bitsandbytes), or set quantization = "none"'
+    try:
+        import bitsandbytes as bnb
+        import bitsandbytes.functional as functional
+
+        weight = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
+        packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        eye = torch.eye(64, device=device)
+        wrong = (bnb.matmul_4bit(eye, packed.t(), state) - functional.dequantize_4bit(packed, state).t()).abs().max()
+    except ImportError as error:
+        raise BaseError(f'model.quantization = "nf4" needs bitsandbytes, which can\'t be imported ({first_line(error)}): {fix}.') from None
+    except (RuntimeError, OSError, AttributeError, NotImplementedError) as error:
+        raise BaseError(f'model.quantization = "nf4": bitsandbytes doesn\'t work on this machine ({first_line(error)}): {fix}.') from None
+    if not wrong < 0.05:
+        raise BaseError(f'model.quantization = "nf4": bitsandbytes multiplies wrongly on this machine (error {wrong:.3g}): {fix}.')
+
+
+def explain(name: str, error: Exception) -> str:
+    """One sentence with what to do about a base that can't be had."""
+    text = str(error).lower()
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"base {name!r} is gated or doesn't exist: accept its licence on its page and log in (hf auth login), or choose another base."
+        )
+    if "safetensors" in text or "pickle" in text:
+        return f"base {name!r} has no safetensors weights (pickled weights aren't loaded): choose another base or convert it."
+    if "no space" in text:
+        return f"base {name!r}: no space left on the disk that holds the model cache; free some, or set HF_HOME to another disk."
+    if "not a valid model identifier" in text or "404" in text or "not found" in text:
+        return f"base {name!r} is neither a folder here nor a model on the hub: check the name (model.base)."
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"base {name!r} isn't in the local cache and the hub can't be reached{offline}: connect to the network, or set model.base to a local folder."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, without a final full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,93 @@
+"""`iqlite train`: a recipe in, a run directory with the trained adapter out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from iqlite.errors import RunError
+from iqlite.recipe import Recipe, load_recipe
+from iqlite.rundir import RunDir, check_space, free_name
+from iqlite.session import Session, environment, open_session
+from iqlite.terminal import TrainingView, duration, facts, finish_the_step
+from iqlite.train import Outcome, peak_gib, train
+
+ADAPTERS_ON_DISK = 12  # adapter, best and checkpoints with two moments each, one of each being written
+RUNS = Path("runs")
+INTERRUPTED = 130
+
+
+def run(
+    recipe_path: Path, overrides: Sequence[str], out: Path | None, *, resume: bool, force: bool, as_json: bool, console: Console
+) -> int:
+    """Trains; returns the exit code: 0, or 130 after Ctrl-C."""
+    recipe = load_recipe(recipe_path, overrides)
+    path = out or (RUNS / recipe_path.stem if resume or force else free_name(RUNS, recipe_path.stem))
+    existing = _existing(path, recipe_path, resume=resume, force=force)
+    placement = existing.environment()["placement"] if existing else None
+    session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement)
+    found = environment(session)
+    parameters = sum(p.numel() for p in session.policy.parameters.values())
+    check_space(path, ADAPTERS_ON_DISK * 4 * parameters)
+    if existing:
+        existing.check_same(recipe, found)
+        run_dir = existing
+    else:
+        run_dir = RunDir.create(path, recipe, found, force=force)
+    total = recipe.total_steps(len(session.train))
+    facts(console, derived(recipe, session, path, total, parameters))
+    first = run_dir.last_step() + 1
+    with finish_the_step(console) as interrupt, TrainingView(console, total, first) as view:
+        outcome = train(session, run_dir, view, lambda: interrupt.asked)
+    _conclude(console, run_dir, recipe_path, overrides, out, outcome, as_json=as_json)
+    return INTERRUPTED if outcome.why == "interrupted" else 0
+
+
+def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters: int) -> dict[str, str]:
+    """What will be trained from what, and the numbers that follow from the recipe."""
+    base, rollout, superior = session.policy.base, recipe.rollout, recipe.superior
+    passes = total * rollout.prompts_per_step / len(session.train)
+    settings = ", ".join(f"{name} {value:g}" for name, value in superior.settings().items())
+    return {
+        "base": f"{base.name} ({base.quantization}, computed in {str(base.compute_dtype).removeprefix('torch.')} on {session.policy.device})",
+        "adapter": f"LoRA of rank {recipe.adapter.rank}, {parameters / 1e6:.1f} M parameters" + (f", from {recipe.adapter.start}" if recipe.adapter.start else ""),
+        "behaviour": next((r.description.text for r in session.readings if r.description), f"adapter {superior.adapter}"),
+        "superior": f"{superior.estimator} ({settings}), read by the {superior.weights} weights",
+        "objective": recipe.objective.name,
+        "prompts": f"{len(session.train)} to train on, {len(session.eval)} held out",
+        "steps": f"{total} of {rollout.prompts_per_step} prompts × at most {rollout.max_new_tokens} tokens ({passes:.1f} passes over the prompts)",
+        "memory": f"{peak_gib(session.policy.device):.1f} GiB in use once loaded",
+        "run": str(path),
+    } | ({"note": " ".join(session.notes)} if session.notes else {})  # fmt: skip
+
+
+def _existing(path: Path, recipe_path: Path, *, resume: bool, force: bool) -> RunDir | None:
+    """The run to resume, or None for a new one; says early what can't be."""
+    if resume and force:
+        raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
+    if resume:
+        return RunDir.open(path)
+    if path.exists() and not force:
+        raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
+    return None
+
+
+def _conclude(
+    console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome, *, as_json: bool
+) -> None:
+    if as_json:
+        print(json.dumps({"run": str(run_dir.path), **vars(outcome)}))
+        return
+    if outcome.why == "interrupted":
+        again = " ".join(["iqlite train", str(recipe_path), *(f"--set {o}" for o in overrides), f"--out {out or run_dir.path}", "--resume"])
+        console.print(f"stopped after step {outcome.step} of {outcome.total}; go on with:  {again}", markup=False)
+        return
+    seconds = sum(line.get("time/step_s", 0.0) + line.get("time/eval_s", 0.0) for line in run_dir.metrics())
+    ended = "finished" if outcome.why == "finished" else f"stopped by the monitor “{outcome.why}”"
+    console.print(f"{ended} after {outcome.step} steps and {duration(seconds)}.", markup=False)
+    shown = {"adapter": str(run_dir.adapter), "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
+    facts(console, shown)
+    console.print(f"next:  iqlite compare {run_dir.path}", markup=False)

@@ -1,0 +1,25 @@
+"""What went wrong, said to the person who can mend it: one sentence that names the file, the key, the value and the fix."""
+
+
+class IqliteError(Exception):
+    """A message for the user. The command line prints it and exits with code 2; nothing else catches it."""
+
+
+class RecipeError(IqliteError):
+    """The recipe, or a `--set` beside it, can't be used as it stands."""
+
+
+class PromptsError(IqliteError):
+    """A prompt file or data set can't be read, or holds nothing to train on."""
+
+
+class BaseError(IqliteError):
+    """The base model can't be had, can't be read, or isn't supported."""
+
+
+class AdapterError(IqliteError):
+    """An adapter is missing, broken, or belongs to another base."""
+
+
+class RunError(IqliteError):
+    """The run directory can't be written, exists already, or doesn't fit the recipe that resumes it."""

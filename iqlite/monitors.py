@@ -1,0 +1,122 @@
+"""Stability rules over the metrics: warn, keep the best, stop. Pure functions of the numbers so far; no torch.
+
+The failure signatures are METHOD's: oscillating loss, degraded held-out metrics, poor out-of-domain behaviour, and those of the
+nearest literature (collapse of entropy, growing repetition and truncation: arXiv 2604.08527). All thresholds are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+HELD_OUT_KL = "eval/kl_policy_superior"
+FIRST = 3  # steps that say what is normal for this run
+PATIENCE = 3  # steps, or evaluations, in a row before a rule stops the run
+NO_GRADIENT = 1e-6
+IMPROVEMENT = 0.01  # relative fall of the held-out KL that counts as getting better
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says: `stop` ends the run (the best adapter is kept), otherwise it is a warning."""
+
+    rule: str
+    message: str
+    stop: bool = False
+
+
+@dataclass
+class Monitors:
+    """The run's memory of its own metrics. `state`/`restore` make it part of a checkpoint."""
+
+    max_kl_reference: float
+    until_converged: bool = False
+    history: dict[str, list[float]] = field(default_factory=dict)
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
+    best_step: int = 0
+    best_kl: float = math.inf
+    since_best: int = 0
+
+    def after_step(self, values: dict[str, float]) -> list[Verdict]:
+        """Verdicts on one step's metrics."""
+        finite = all(math.isfinite(values[name]) for name in ("loss", "policy/grad_norm"))
+        verdicts = [
+            self._rule("non-finite", not finite, "the loss or its gradient isn't finite; the step was skipped", stop_after=PATIENCE)
+        ]
+        if finite:
+            verdicts += self._rules(values)
+            for name in ("loss", "reward/variance", "policy/entropy", "response/repetition", "response/truncated_share"):
+                self.history.setdefault(name, []).append(values[name])
+        return [v for v in verdicts if v is not None]
+
+    def _rules(self, values: dict[str, float]) -> list[Verdict | None]:
+        far = values["kl/policy_reference"] > self.max_kl_reference
+        return [
+            self._rule("kl", far, f"KL(policy‖reference) is above train.max_kl_reference = {self.max_kl_reference:g}; lower the strength or the learning rate", stop_after=1),
+            self._rule("gradient", values["policy/grad_norm"] < NO_GRADIENT, "the gradient is zero: the description has no effect on this base, or no response tokens are trained", stop_after=PATIENCE),
+            self._rule("entropy", self._fell("policy/entropy", values, 0.1), "the policy's entropy has fallen below a tenth of its first value: it is collapsing", stop_after=PATIENCE),
+            self._rule("repetition", self._grew("response/repetition", values, 2.0, above=0.25), "answers repeat themselves more and more", stop_after=PATIENCE),
+            self._rule("truncated", self._grew("response/truncated_share", values, 1.5, above=0.5), "more and more answers run into rollout.max_new_tokens", stop_after=2 * PATIENCE),
+            self._rule("variance", self._grew("reward/variance", values, 10.0, above=1.0), "the variance of the reward has grown tenfold"),
+            self._rule("oscillation", self._oscillates(values["loss"]), "the loss swings up and down from step to step; lower the learning rate"),
+        ]  # fmt: skip
+
+    def after_eval(self, step: int, values: dict[str, float]) -> tuple[bool, list[Verdict]]:
+        """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts."""
+        kl = values[HELD_OUT_KL]
+        better = kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl)
+        if better:
+            self.best_kl, self.best_step, self.since_best = kl, step, 0
+        else:
+            self.since_best += 1
+        verdicts = [
+            self._rule("held-out", not kl < 1.1 * self.best_kl, "the held-out KL(policy‖superior) is getting worse", stop_after=PATIENCE)
+        ]
+        if "outside/repetition" in values:
+            self.history.setdefault("outside/repetition", []).append(values["outside/repetition"])
+            verdicts.append(self._rule("outside", self._grew("outside/repetition", values, 2.0, above=0.25) or values["outside/kl_policy_reference"] > self.max_kl_reference, "answers outside the domain are getting worse", stop_after=PATIENCE))  # fmt: skip
+        if self.until_converged and self.since_best >= PATIENCE:
+            verdicts.append(
+                Verdict("converged", f"converged: the held-out KL(policy‖superior) hasn't fallen since step {self.best_step}", stop=True)
+            )
+        return better, [v for v in verdicts if v is not None]
+
+    def state(self) -> dict[str, Any]:
+        """Everything above as JSON data."""
+        return {**asdict(self), "best_kl": None if math.isinf(self.best_kl) else self.best_kl}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Monitors:
+        """What `state` returned, as it was."""
+        return cls(**{**state, "best_kl": math.inf if state["best_kl"] is None else state["best_kl"]})
+
+    def _rule(self, rule: str, broken: bool, message: str, stop_after: int | None = None) -> Verdict | None:
+        """Counts a rule's breaches in a row: the first in a run warns, `stop_after` in a row stop."""
+        self.in_a_row[rule] = self.in_a_row.get(rule, 0) + 1 if broken else 0
+        if stop_after is not None and self.in_a_row[rule] >= stop_after:
+            return Verdict(rule, f"{message} ({self.in_a_row[rule]} in a row).", stop=True)
+        if broken and rule not in self.warned:
+            self.warned.append(rule)
+            return Verdict(rule, f"{message}.")
+        return None
+
+    def _first(self, name: str) -> float | None:
+        seen = self.history.get(name, [])
+        return statistics.fmean(seen[:FIRST]) if len(seen) >= FIRST else None
+
+    def _fell(self, name: str, values: dict[str, float], to: float) -> bool:
+        first = self._first(name)
+        return first is not None and values[name] < to * first
+
+    def _grew(self, name: str, values: dict[str, float], times: float, above: float) -> bool:
+        first = self._first(name)
+        return first is not None and values[name] > above and values[name] > times * first
+
+    def _oscillates(self, loss: float) -> bool:
+        last = [*self.history.get("loss", []), loss][-9:]
+        changes = [b - a for a, b in zip(last, last[1:], strict=False)]
+        turns = sum(a * b < 0 for a, b in zip(changes, changes[1:], strict=False))
+        return len(last) == 9 and turns == 7 and min(map(abs, changes)) > 0.5 * abs(statistics.fmean(last))

@@ -1,0 +1,166 @@
+"""One base model, four roles: LoRA adapters on it are toggled, never copied. The only module that toggles adapters.
+
+policy = base with the trained adapter; reference = the bare base, every adapter off; ema = a slow average of the adapter; a frozen
+adapter by its name. `with policy.acting_as(role):` is for scoring and sampling: evaluation mode, no gradient, restored on exit.
+Outside such a block the model is the policy, in training mode, with gradients in exactly the pinned list of adapter parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from iqlite.base import Base
+from iqlite.chunked import Head
+from iqlite.errors import AdapterError
+
+TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
+LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; ours
+
+
+class Policy:
+    """The base with its adapters, the optimizer's pinned parameters, and the head."""
+
+    def __init__(self, base: Base, *, rank: int, alpha: float, seed: int, start: Path | None = None, checkpointing: bool = False):
+        """Puts a fresh LoRA (B = 0, so the policy starts as the reference) or the adapter in `start` on the base's linear layers."""
+        self.base = base
+        self.head = Head.of(base.model)
+        self.decoder = base.model.get_decoder()
+        self.device: torch.device = base.model.device
+        if start is None:
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)  # LoRA's A is drawn while the adapter is attached
+                self.model: Any = get_peft_model(base.model, config, adapter_name=TRAINED)
+        else:
+            check_adapter(start, base)
+            self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
+        self.model.peft_config[TRAINED].base_model_name_or_path = base.name
+        self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
+        self._role: str | None = None
+        if checkpointing:
+            base.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+
+    @contextmanager
+    def acting_as(self, role: str) -> Iterator[None]:
+        """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients."""
+        assert self._role is None, f"already acting as {self._role}: role blocks don't nest"
+        tuner = self.model.base_model
+        self._role = role
+        self.model.eval()
+        try:
+            if role == "reference":
+                tuner.disable_adapter_layers()
+            elif role != "policy":
+                tuner.set_adapter(role)
+            with torch.no_grad():
+                yield
+        finally:
+            if role == "reference":
+                tuner.enable_adapter_layers()
+            elif role != "policy":
+                tuner.set_adapter(TRAINED)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self.parameters)
+            self.model.train()
+            self._role = None
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Last hidden states [B, width, D] (compute dtype, after the final norm) at the positions that predict the responses.
+
+        Sequences are padded on the right, where a causal model's real tokens can't see the padding, so no attention mask is
+        needed and position ids are 0, 1, 2, … in every row. Rows shorter than `width` end in zeros.
+        """
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        longest = max(map(len, rows))
+        ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+        batch = []
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            at = len(prompt) - 1  # the state before the first response token
+            used = hidden_BLD[row, at : at + len(response)]
+            batch.append(torch.nn.functional.pad(used, (0, 0, 0, width - len(response))))
+        return torch.stack(batch)
+
+    def add_ema(self) -> None:
+        """Adds the slow average, equal to the policy now."""
+        self._add("ema", self.model.peft_config[TRAINED], self.state())
+
+    def update_ema(self, rate: float) -> None:
+        """ema ← (1 − rate)·ema + rate·policy."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self._named[name.replace(f".{TRAINED}.", ".ema.")].lerp_(parameter, rate)
+
+    def add_frozen(self, name: str, folder: Path) -> None:
+        """Loads another adapter of this base for reading (`acting_as(name)`); AdapterError if it isn't one of this base."""
+        check_adapter(folder, self.base)
+        self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        self._pin()
+
+    def state(self, name: str = TRAINED) -> dict[str, Tensor]:
+        """An adapter's tensors under PEFT's file names, float32, on the host."""
+        state: Mapping[str, Tensor] = get_peft_model_state_dict(self.model, adapter_name=name)
+        return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], name: str = TRAINED) -> None:
+        """Puts an adapter's tensors back, to the bit."""
+        set_peft_model_state_dict(self.model, dict(state), adapter_name=name)
+
+    def save_adapter(self, folder: Path, name: str = TRAINED) -> None:
+        """Writes adapter_config.json, adapter_model.safetensors and the base's identity into an existing, private folder."""
+        from safetensors.torch import save_file
+
+        config = self.model.peft_config[name]
+        inference_mode, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = inference_mode
+        save_file(self.state(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self.base.identity.write(folder)
+
+    def _add(self, name: str, config: Any, state: Mapping[str, Tensor]) -> None:
+        self.model.add_adapter(name, config)
+        self.load_state(state, name)
+        self._pin()
+
+    def _pin(self) -> None:
+        self._named = dict(self.model.named_parameters())
+        for name, parameter in self._named.items():
+            parameter.requires_grad_(name in self.parameters)
+
+
+def check_adapter(folder: Path, base: Base) -> None:
+    """AdapterError unless `folder` holds a plain LoRA in safetensors that was made on this base."""
+    import json
+
+    from iqlite.base import Identity
+
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
+        raise AdapterError(f"{folder} holds no adapter_config.json: name a folder in PEFT format, such as a run's adapter/ folder.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise AdapterError(
+            f"{folder} holds no adapter_model.safetensors (pickled weights aren't loaded): save the adapter again as safetensors."
+        )
+    try:
+        config = json.loads(config_file.read_text("utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("modules_to_save") or config.get("use_dora"):
+        raise AdapterError(f"{folder} isn't a plain LoRA (bias, DoRA and modules_to_save change the base too): train a plain one.")
+    made_on = Identity.read(folder)
+    if made_on is not None:
+        if not made_on.same_base(base.identity):
+            raise AdapterError(f"{folder} was trained on {made_on.name}, not on {base.identity.name}: use it with its own base.")
+    elif Path(str(config.get("base_model_name_or_path"))).name != Path(base.name).name:
+        raise AdapterError(
+            f"{folder} was trained on {config.get('base_model_name_or_path')}, not on {base.name}: use it with its own base."
+        )

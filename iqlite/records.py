@@ -1,0 +1,87 @@
+"""The frozen records that flow from prompts to the update, and the legend of dimensions. Data only.
+
+Legend, used as suffixes of tensor names: B sequences, T response tokens, L tokens of a whole sequence, n response tokens of a
+chunk, V vocabulary, D hidden size. A `mask_BT` is bool and true on sampled tokens up to and including the first end of turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+Messages = tuple[dict[str, str], ...]
+"""One request as chat turns, each `{"role": "system" | "user" | "assistant", "content": text}`; the last one is the user's."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The requests of one prompt set, cleaned, in file order.
+
+    `notes` are sentences for the user about rows that were skipped or shortened, with line numbers.
+    """
+
+    requests: tuple[Messages, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from one role for B requests.
+
+    `index` are the requests' numbers in their prompt set (they key the sampling noise), `prompt_ids` the plain prompts as they
+    were read, `tokens_BT` int64 response ids padded on the right, `mask_BT` the response mask, `ended_B` whether an end-of-turn
+    token was sampled. Host memory.
+    """
+
+    index: tuple[int, ...]
+    requests: tuple[Messages, ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    ended_B: Tensor
+
+    def response_ids(self, row: int) -> list[int]:
+        """The sampled ids of one row, its end-of-turn token included."""
+        return self.tokens_BT[row][self.mask_BT[row]].tolist()
+
+
+@dataclass(frozen=True)
+class SuperiorScores:
+    """What the frozen base (or `policy`/`ema` weights) makes of the responses under each description.
+
+    `hidden` maps a reading to its last hidden states [B, T, D] at the positions that predict the response's tokens: `reference`
+    always, and `wanted`, `unwanted`, `adapter`, `unwanted_adapter`, or `wanted:NAME`/`unwanted:NAME` of a mixture. Host memory,
+    compute dtype, no gradient. Logits are never stored.
+    """
+
+    hidden: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """n response tokens as an objective sees them; float32. Only `logp_policy_nV` carries a gradient.
+
+    `old_logp_n` and `advantage_n` are there for objectives that take their advantages from the rollout (those with a `gamma`).
+    """
+
+    tokens_n: Tensor
+    logp_policy_nV: Tensor
+    logp_superior_nV: Tensor
+    old_logp_n: Tensor | None = None
+    advantage_n: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`: the step (1-based) and its values, `namespace/name` → number, each in the unit its name says."""
+
+    step: int
+    values: Mapping[str, float]

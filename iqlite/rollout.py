@@ -1,0 +1,131 @@
+"""Sample responses from a role with the KV cache, and make the response mask: the one place where eligibility is decided.
+
+The sampling noise is a function of (seed, stream, step, prompt index, position) alone, so the ids don't depend on how the batch was split
+(ties within rounding apart). Prompts are padded on the left here, with position ids that follow the attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from iqlite.policy import Policy
+from iqlite.records import Messages, Rollout
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 truncates nothing. `stream` keeps uses of one seed apart."""
+
+    seed: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stream: str = "train"
+
+
+def sample(
+    policy: Policy,
+    role: str,
+    requests: Sequence[Messages],
+    prompt_ids: Sequence[Sequence[int]],
+    index: Sequence[int],
+    stop_ids: Sequence[int],
+    sampler: Sampler,
+    *,
+    step: int = 0,
+    rows: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Answers to B prompts by `role`, `rows` at a time. `index` are the prompts' numbers; they and `step` key the noise."""
+    tokens_BT = torch.zeros(len(prompt_ids), sampler.max_new_tokens, dtype=torch.long)
+    # Prompts of like length decode together, longest first: the least padding, and the largest batch comes before the others.
+    order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
+    with policy.acting_as(role):
+        for start in range(0, len(order), rows):
+            part = order[start : start + rows]
+            tokens_BT[part] = _decode(policy, [prompt_ids[i] for i in part], [index[i] for i in part], stop_ids, sampler, step)
+            if progress is not None:
+                progress(len(part))
+    mask_BT, ended_B = response_mask(tokens_BT, stop_ids)
+    width = int(mask_BT.sum(-1).max())
+    return Rollout(
+        index=tuple(index),
+        requests=tuple(requests),
+        prompt_ids=tuple(map(tuple, prompt_ids)),
+        tokens_BT=tokens_BT[:, :width],
+        mask_BT=mask_BT[:, :width],
+        ended_B=ended_B,
+    )
+
+
+def response_mask(tokens_BT: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(mask [B, T], ended [B]): true up to and including the first end-of-turn token, also where it doubles as padding."""
+    stops_BT = torch.isin(tokens_BT, torch.tensor(list(stop_ids)))
+    before_BT = stops_BT.long().cumsum(-1) - stops_BT.long()
+    return before_BT == 0, stops_BT.any(-1)
+
+
+def noise(seed: int, stream: str, step: int, index: Sequence[int], position: int) -> Tensor:
+    """One uniform number in [0, 1) for each prompt index, float64 [B]: a hash (splitmix64) of its arguments, no state."""
+    key = np.uint64(int.from_bytes(stream.encode()[:8], "little"))
+    state = np.full(len(index), key, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in (seed, step, np.asarray(index, dtype=np.uint64), position):
+            state = _splitmix64(state ^ (np.asarray(part, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) / 2.0**53)
+
+
+def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The token whose stretch of the cumulative distribution holds the uniform number: int64 [B] (inverse-CDF sampling)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    probs_BV = (logits_BV.float() / temperature).softmax(-1).double()
+    if top_p < 1:
+        sorted_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+        probs_BV = probs_BV.scatter(-1, ids_BV, sorted_BV.masked_fill(outside_BV, 0.0))
+    cumulative_BV = probs_BV.cumsum(-1)
+    at_B1 = uniform_B.to(logits_BV.device)[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, at_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+
+
+def _decode(
+    policy: Policy, prompts: Sequence[Sequence[int]], index: Sequence[int], stop_ids: Sequence[int], sampler: Sampler, step: int
+) -> Tensor:
+    """Ids [b, max_new_tokens] of one batch, filled with a stop id behind the end of a row. Inside a role block."""
+    device, longest = policy.device, max(map(len, prompts))
+    stop = torch.tensor(list(stop_ids), device=device)
+    attention_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids_BL = torch.tensor([[stop_ids[0]] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    position_BL = (attention_BL.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.base.model.config)
+    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    tokens = []
+    for position in range(sampler.max_new_tokens):
+        hidden_BLD = policy.decoder(
+            input_ids=ids_BL, attention_mask=attention_BL, position_ids=position_BL, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        uniform_B = noise(sampler.seed, sampler.stream, step, index, position)
+        token_B = choose(policy.head(hidden_BLD[:, -1]), uniform_B, sampler.temperature, sampler.top_p)
+        token_B = torch.where(done_B, stop[0], token_B)
+        tokens.append(token_B)
+        done_B |= torch.isin(token_B, stop)
+        if bool(done_B.all()):
+            break
+        ids_BL, position_BL = token_B[:, None], position_BL[:, -1:] + 1
+        attention_BL = torch.cat([attention_BL, torch.ones_like(ids_BL)], -1)
+    out_BT = torch.stack(tokens, -1).cpu()
+    return torch.nn.functional.pad(out_BT, (0, sampler.max_new_tokens - out_BT.shape[1]), value=stop_ids[0])
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

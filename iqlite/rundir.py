@@ -1,0 +1,242 @@
+"""The run directory, the product's public interface: recipe lock, environment, metrics, samples, adapter, checkpoints, best.
+
+    runs/NAME/  recipe.toml  environment.json  metrics.jsonl  samples.jsonl  adapter/  best/  checkpoints/step-000010/  result.json
+
+Every write is atomic: files and folders are written beside their final name and renamed. No torch at the top.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from iqlite.errors import RunError
+from iqlite.recipe import Recipe, parse_recipe, to_data
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iqlite.records import StepMetrics
+
+KEPT_CHECKPOINTS = 2
+RECIPE, ENVIRONMENT, METRICS, SAMPLES, RESULT = "recipe.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "result.json"
+
+
+class RunDir:
+    """One run's folder. `create` makes a new one, `RunDir(path)` opens one that exists."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, environment: Mapping[str, Any], *, force: bool = False) -> RunDir:
+        """Makes the folder with its recipe lock and environment; RunError if it can't be or exists without `force`."""
+        run = cls(path)
+        with _explained(path):
+            if path.exists():
+                if not force:
+                    raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
+                if path.is_dir() and any(path.iterdir()) and not (path / RECIPE).is_file():
+                    raise RunError(f"{path} isn't a run directory, so --force won't delete it: name another --out.")
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.mkdir(parents=True)
+            run._write(ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+            run._write(RECIPE, tomli_w.dumps(locked(recipe)))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run; RunError if the folder isn't one."""
+        if not (path / RECIPE).is_file():
+            raise RunError(f"{path} isn't a run directory (it has no {RECIPE}); name one, such as runs/cheerful-135m.")
+        return cls(path)
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT format."""
+        return self.path / "adapter"
+
+    @property
+    def best(self) -> Path:
+        """The adapter with the lowest held-out KL(policy‖superior) so far."""
+        return self.path / "best"
+
+    def recipe(self) -> Recipe:
+        """The locked recipe."""
+        return parse_recipe(tomllib.loads((self.path / RECIPE).read_text("utf-8")), self.path / RECIPE)
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, base and prompts the run was made with."""
+        data: dict[str, Any] = json.loads((self.path / ENVIRONMENT).read_text("utf-8"))
+        return data
+
+    def check_same(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """RunError with what differs, unless a resumed recipe, its base and its prompts are those of the run."""
+        old, new = _flat(tomllib.loads((self.path / RECIPE).read_text("utf-8"))), _flat(locked(recipe))
+        was = self.environment()
+        for key in ("base", "prompts"):
+            old[key], new[key] = was.get(key), environment.get(key)
+        changed = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+        if changed:
+            raise RunError(
+                f"{self.path} can't be resumed, since the work has changed: {'; '.join(changed[:4])}. Undo that, or start anew with another --out."
+            )
+
+    def add_metrics(self, metrics: StepMetrics) -> None:
+        """Appends one line to metrics.jsonl."""
+        self._append(METRICS, {"step": metrics.step, **metrics.values})
+
+    def add_sample(self, step: int, prompt: str, answer: str) -> None:
+        """Appends one held-out answer to samples.jsonl."""
+        self._append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return list(_lines(self.path / METRICS))
+
+    def last_step(self) -> int:
+        """Step of the last checkpoint; 0 before the first."""
+        checkpoints = self._checkpoints()
+        return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+
+    def write(self, name: str, text: str) -> None:
+        """Puts a command's own file into the run."""
+        with _explained(self.path):
+            self._write(name, text)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """How the run ended: result.json is there once it has."""
+        self.write(RESULT, json.dumps(result, indent=2) + "\n")
+
+    def save_folder(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """Lets `write` fill a private folder, then puts it in `folder`'s place."""
+        with _explained(self.path):
+            making, old = folder.with_name(f".making-{folder.name}"), folder.with_name(f".old-{folder.name}")
+            for leftover in (making, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            making.mkdir(parents=True)
+            write(making)
+            if folder.exists():
+                folder.rename(old)
+            making.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Writes checkpoints/step-N with everything an exact resume needs, and drops the oldest ones."""
+        from safetensors.torch import save_file
+
+        def write(folder: Path) -> None:
+            save_file(dict(tensors), folder / "state.safetensors")
+            (folder / "state.json").write_text(json.dumps({"step": step, **state}), "utf-8")
+
+        folder = self.path / "checkpoints" / f"step-{step:06d}"
+        self.save_folder(folder, write)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, state) of the last checkpoint; later lines of metrics and samples are dropped. None before the first one."""
+        from safetensors.torch import load_file
+
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            self._keep_lines(0)
+            return None
+        state: dict[str, Any] = json.loads((checkpoints[-1] / "state.json").read_text("utf-8"))
+        self._keep_lines(state["step"])
+        return load_file(checkpoints[-1] / "state.safetensors"), state
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def _keep_lines(self, step: int) -> None:
+        with _explained(self.path):
+            for name in (METRICS, SAMPLES):
+                if (self.path / name).is_file():
+                    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(self.path / name) if line["step"] <= step]
+                    self._write(name, "".join(kept))
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with _explained(self.path), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        making = self.path / f".making-{name}"
+        making.write_text(text, "utf-8")
+        os.replace(making, self.path / name)
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, … that doesn't exist."""
+    path, number = folder / name, 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}", number + 1
+    return path
+
+
+def check_space(path: Path, needed: int) -> None:
+    """RunError if the disk that would hold `path` has less than `needed` bytes free."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{path} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free: free some space, or name another --out."
+        )
+
+
+def locked(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's data with all defaults and with absolute paths, so that it means the same from the run directory."""
+    data = to_data(recipe)
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        return str((recipe.folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+
+    for table, keys in {
+        "prompts": ("train", "eval", "outside"),
+        "adapter": ("start",),
+        "superior": ("adapter", "unwanted_adapter"),
+    }.items():
+        for key in keys:
+            if key in data[table]:
+                data[table][key] = absolute(data[table][key])
+    base = recipe.folder / Path(recipe.model.base).expanduser()
+    if base.exists():
+        data["model"]["base"] = str(base.resolve())
+    return data
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What a disk can refuse, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise RunError(f"{path}: no space left on its disk: free some space, then go on with --resume.") from None
+        raise RunError(f"{path} can't be written ({error.strerror or error}): name another --out, or check the folder's rights.") from None
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, dict):
+        return {key: value for name, item in data.items() for key, value in _flat(item, f"{prefix}.{name}" if prefix else name).items()}
+    return {prefix: data}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # the line that a kill cut in two; nothing can follow it

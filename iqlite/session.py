@@ -1,0 +1,230 @@
+"""What a recipe comes to once it is in memory: base, policy, chat, prompts, the readings, and how π̃ is made from them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iqlite.base import Base, load_base
+from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
+from iqlite.estimators import ESTIMATORS
+from iqlite.objectives import OBJECTIVES, kl
+from iqlite.policy import Policy
+from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
+from iqlite.recipe import Demonstration, Recipe, readings_of
+from iqlite.records import Messages, Prompts, Rollout
+from iqlite.rollout import Sampler, sample
+from iqlite.superior import Reading, read
+
+PLACEMENT_PROMPTS, PLACEMENT_TOKENS = 8, 16  # how much `placement = "auto"` reads both ways; ours
+READING_MARGIN = 16  # tokens of the context kept free
+
+
+@dataclass(frozen=True)
+class Session:
+    """A recipe ready to run. `placement` is resolved; `notes` are sentences for the user."""
+
+    recipe: Recipe
+    policy: Policy
+    chat: Chat
+    train: Prompts
+    eval: Prompts
+    outside: Prompts | None
+    placement: str
+    notes: tuple[str, ...]
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """The reference, always by the bare base, and what the estimator asks for, by the weights that the recipe names."""
+        return readings(self.recipe, self.placement, self.recipe.superior.weights)
+
+    @property
+    def scoring(self) -> Scoring:
+        """The estimator with its settings."""
+        superior = self.recipe.superior
+        estimator = functools.partial(ESTIMATORS[superior.estimator], **superior.settings())
+        mixture = tuple((p.name, p.weight) for p in self.recipe.behavior.mixture)
+        return Scoring(estimator, readings_of(superior.estimator), mixture)
+
+    @property
+    def objective(self) -> Callable[..., Any]:
+        """The objective with its settings."""
+        return functools.partial(OBJECTIVES[self.recipe.objective.name], **self.recipe.objective.settings())
+
+    @property
+    def wanted(self) -> Description | None:
+        """The (first) wanted description as it is read: what the base is told in a comparison."""
+        return next((r.description for r in self.readings if r.name.startswith("wanted")), None)
+
+    def sampler(self, stream: str) -> Sampler:
+        """How rollouts are drawn."""
+        rollout = self.recipe.rollout
+        return Sampler(self.recipe.train.seed, rollout.max_new_tokens, rollout.temperature, rollout.top_p, stream)
+
+    def answers(
+        self, role: str, requests: Sequence[Messages], sampler: Sampler, *, description: Description | None = None, step: int = 0,
+        index: Sequence[int] | None = None, progress: Callable[[int], None] | None = None,
+    ) -> Rollout:  # fmt: skip
+        """Samples answers to requests by a role, plain or told a description."""
+        ids = [self.chat.ids(request, description) for request in requests]
+        numbers = range(len(requests)) if index is None else index
+        return sample(self.policy, role, requests, ids, numbers, self.chat.stop_ids, sampler, step=step, progress=progress)
+
+    def score(self, rollout: Rollout, *, weights: str | None = None) -> TokenStatistics:
+        """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient."""
+        which = self.readings if weights is None else readings(self.recipe, self.placement, weights)
+        train, mask_BT = self.recipe.train, rollout.mask_BT
+        scores = read(self.policy, self.chat, rollout, [*which, Reading("policy", "policy")], rows=train.micro_batch)
+        hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
+        return chunked_statistics(
+            self.policy.head, hidden.pop("policy"), rollout.tokens_BT[mask_BT], hidden, self.scoring, chunk_tokens=train.chunk_tokens
+        )
+
+
+def readings(recipe: Recipe, placement: str, weights: str) -> tuple[Reading, ...]:
+    """What an estimator has to read, by name. The reference is always the bare base."""
+    role = "reference" if weights == "base" else weights
+    behavior = recipe.behavior
+    found = [Reading("reference", "reference")]
+
+    def described(name: str, text: str | None, demonstrations: Sequence[Demonstration], side: str) -> Reading:
+        shown = tuple((turn.user, getattr(turn, side)) for turn in demonstrations)
+        return Reading(name, role, Description(text or "", shown, placement))
+
+    for name in readings_of(recipe.superior.estimator):
+        if name in ("wanted", "unwanted"):
+            found.append(described(name, getattr(behavior, name), behavior.demonstrations, name))
+        elif name == "behaviors":
+            found += [
+                described(f"{side}:{p.name}", getattr(p, side), p.demonstrations, side)
+                for p in behavior.mixture
+                for side in ("wanted", "unwanted")
+            ]
+        elif getattr(recipe.superior, name) is not None:
+            found.append(Reading(name, name))  # an adapter of its own, with the plain prompt
+    return tuple(found)
+
+
+def open_session(
+    recipe: Recipe, *, start: Path | None = None, say: Callable[[str], None] = lambda _: None, placement: str | None = None
+) -> Session:
+    """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written."""
+    key = f"{recipe.path}: prompts."
+    train = load_prompts(recipe.prompts.train, beside=recipe.folder, key=key + "train")
+    held_out = load_prompts(recipe.prompts.eval, beside=recipe.folder, key=key + "eval") if recipe.prompts.eval else None
+    outside = load_prompts(recipe.prompts.outside, beside=recipe.folder, key=key + "outside") if recipe.prompts.outside else None
+    if held_out is None:
+        train, held_out = hold_back(train)
+    say(f"loading {recipe.model.base}")
+    base = load_base(recipe.model.base, recipe.model.quantization, revision=recipe.model.revision, beside=recipe.folder)
+    chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+    policy = _policy(recipe, base, start)
+    notes = [*train.notes, *held_out.notes]
+    if chat.default_template:
+        notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
+    train, held_out = (
+        chat.shorten(prompts, _room(recipe, chat, base), name_of(source or recipe.prompts.train), key + name)
+        for prompts, source, name in ((train, recipe.prompts.train, "train"), (held_out, recipe.prompts.eval, "eval"))
+    )
+    notes += [note for prompts in (train, held_out) for note in prompts.notes if note not in notes]
+    session = Session(recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, ())
+    if session.placement == "auto":
+        session, note = _place(session, say)
+        notes.append(note)
+    elif session.placement == "system" and not chat.system_turn:
+        notes.append(f"{base.name}'s chat template takes no system turn: the description stands at the head of the first user turn.")
+    return replace(session, notes=tuple(notes))
+
+
+def environment(session: Session) -> dict[str, Any]:
+    """What a run was made with, for environment.json: versions, device, base, a hash of the prompts, the resolved placement."""
+
+    def version_of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    digest = hashlib.sha256(json.dumps([session.train.requests, session.eval.requests]).encode()).hexdigest()
+    device = session.policy.device
+    packages = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+    return {
+        "base": asdict(session.policy.base.identity) | {"norm": list(session.policy.base.identity.norm)},
+        "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
+        "placement": session.placement,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "compute_dtype": str(session.policy.base.compute_dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version_of(name) for name in packages},
+    }
+
+
+def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
+    """The base with the trained adapter and what the estimator reads beside it."""
+    train, superior = recipe.train, recipe.superior
+    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.model.device.type == "cuda")
+    if start is None and recipe.adapter.start is not None:
+        start = recipe.folder / Path(recipe.adapter.start).expanduser()
+    policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=train.seed, start=start, checkpointing=checkpointing)
+    for name in ("adapter", "unwanted_adapter"):
+        if superior.estimator == "adapter" and getattr(superior, name) is not None:
+            policy.add_frozen(name, recipe.folder / Path(getattr(superior, name)).expanduser())
+    if superior.weights == "ema":
+        policy.add_ema()
+    return policy
+
+
+def _room(recipe: Recipe, chat: Chat, base: Base) -> int:
+    """Tokens a request may have so that its longest reading and answer fit the context."""
+    hello: Messages = ({"role": "user", "content": "hello"},)
+    plain = len(chat.ids(hello))
+    longest = max(len(chat.ids(hello, r.description)) for r in readings(recipe, "system", "base")) - plain
+    return min(recipe.prompts.max_tokens, base.context - recipe.rollout.max_new_tokens - longest - READING_MARGIN)
+
+
+def _place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:
+    """METHOD's `auto`: a handful of prompts read both ways; the placement with the larger KL from the base is taken."""
+    if not any(r.description for r in readings(session.recipe, "system", "base")):
+        return replace(session, placement="system"), "no description is read, so its placement doesn't matter."
+    if not session.chat.system_turn:
+        return replace(
+            session, placement="user"
+        ), "the chat template takes no system turn: the description stands at the head of the first user turn."
+    say("reading the description in both placements")
+    requests = session.train.requests[:PLACEMENT_PROMPTS]
+    sampler = replace(session.sampler("place"), max_new_tokens=min(PLACEMENT_TOKENS, session.recipe.rollout.max_new_tokens))
+    rollout = session.answers("reference", requests, sampler)
+    measured = {placement: _moved(session, rollout, placement) for placement in ("system", "user")}
+    chosen = max(measured, key=lambda placement: measured[placement])
+    figures = ", ".join(f"{placement} turn {nats:.3f}" for placement, nats in measured.items())
+    return replace(
+        session, placement=chosen
+    ), f"the description stands in the {chosen} turn, where it moves the base more (KL from the base, nats a token: {figures})."
+
+
+def _moved(session: Session, rollout: Rollout, placement: str) -> float:
+    """Mean KL(π⁺‖π_ref) over the rollout's tokens, nats; over all behaviours of a mixture."""
+    which = [r for r in readings(session.recipe, placement, "base") if r.name == "reference" or r.name.startswith("wanted")]
+    scores = read(session.policy, session.chat, rollout, which, rows=session.recipe.train.micro_batch)
+    head, total, count = session.policy.head, 0.0, 0
+    with torch.no_grad():
+        for name in scores.hidden:
+            if name == "reference":
+                continue
+            told_ND, plain_ND = (scores.hidden[n][rollout.mask_BT] for n in (name, "reference"))
+            for at in spans(len(told_ND), session.recipe.train.chunk_tokens):
+                total += float(kl(head(told_ND[at]).log_softmax(-1), head(plain_ND[at]).log_softmax(-1)).sum())
+            count += len(told_ND)
+    return total / count
