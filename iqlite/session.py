@@ -62,8 +62,12 @@ class Session:
 
     @property
     def wanted(self) -> Description | None:
-        """The (first) wanted description as it is read: what the base is told in a comparison."""
-        return next((r.description for r in self.readings if r.name.startswith("wanted")), None)
+        """The wanted description as it is read, what the base is told in a comparison; all of them in a mixture."""
+        found = [r.description for r in self.readings if r.name.startswith("wanted") and r.description]
+        if not found:
+            return None
+        shown = tuple(turn for description in found for turn in description.demonstrations)
+        return Description(" ".join(description.text for description in found), shown, self.placement)
 
     def sampler(self, stream: str) -> Sampler:
         """How rollouts are drawn."""
@@ -158,7 +162,7 @@ def environment(session: Session) -> dict[str, Any]:
     device = session.policy.device
     packages = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
     return {
-        "base": asdict(session.policy.base.identity) | {"norm": list(session.policy.base.identity.norm)},
+        "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
         "placement": session.placement,
         "device": torch.cuda.get_device_name(device)

@@ -198,7 +198,8 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     for name, prompts in (("eval", session.eval), ("outside", session.outside)):
         if prompts is None:
             continue
-        rollout = session.answers("policy", prompts.requests[:count], session.sampler(name))
+        chosen = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int).tolist()  # spread over all sources
+        rollout = session.answers("policy", [prompts.requests[i] for i in chosen], session.sampler(name), index=chosen)
         found = describe(rollout, session.score(rollout, weights="base"))
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
