@@ -65,7 +65,7 @@ def ollama(name: str) -> Path:
         digest = next(layer["digest"] for layer in layers if layer["mediaType"].endswith("image.model"))
     except (ValueError, KeyError, TypeError, StopIteration):
         raise BaseError(f"base {name!r}: Ollama's manifest {manifests[0]} names no model; run: ollama pull {model}") from None
-    blob = root / "blobs" / digest.replace(":", "-")
+    blob: Path = root / "blobs" / digest.replace(":", "-")
     if not blob.is_file() or not is_gguf(blob):
         raise BaseError(f"base {name!r}: Ollama's file {blob} is missing or isn't GGUF; run: ollama pull {model}")
     return blob

@@ -26,8 +26,6 @@ from iqlite.rundir import RunDir
 from iqlite.session import Session
 from iqlite.superior import read
 
-SAMPLES_PER_EVAL = 4
-
 
 class Reporter(Protocol):
     """What a person sees of a run."""
@@ -204,10 +202,10 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
         if name == "eval":
-            for row in range(min(SAMPLES_PER_EVAL, len(rollout.index))):
+            for row in range(len(rollout.index)):
                 prompt, answer = rollout.requests[row][-1]["content"], session.chat.text(rollout.response_ids(row))
                 run.add_sample(step, prompt, answer)
-                if row == (step // session.recipe.train.eval_every) % SAMPLES_PER_EVAL:
+                if row == (step // session.recipe.train.eval_every) % len(rollout.index):
                     report.sample(step, prompt, answer)
     best, verdicts = monitors.after_eval(step, values)
     if best:
