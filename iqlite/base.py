@@ -97,11 +97,12 @@ def load_base(name: str, quantization: str = "nf4", *, revision: str | None = No
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional CPU kernels that nobody asked for
     device, dtype = device_and_dtype()
     source = locate(name, beside, revision)
+    if Path(source).is_dir():  # a download shows its progress; reading a folder needn't
+        transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "revision": revision}
     if quantization == "nf4":
         check_bitsandbytes(device)
@@ -184,7 +185,7 @@ def check_bitsandbytes(device: torch.device) -> None:
 
 def is_hub_id(name: str) -> bool:
     """True for `owner/model`, as opposed to a path, a prefix or the embedded model."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and not Path(name).suffix == ".gguf"
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and Path(name).suffix != ".gguf"
 
 
 def explain(name: str, error: Exception) -> str:

@@ -140,6 +140,7 @@ class Rollouts(Table):
     max_new_tokens: int = Field(64, ge=1, description="Longest answer, tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 is what the method's gradients assume.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus truncation; 1 truncates nothing.")
+    batch: int = Field(64, ge=1, description="Answers decoded at once; changes memory (the key/value cache), not the result.")
 
 
 class Train(Table):
@@ -166,7 +167,7 @@ class Train(Table):
     eval_every: int = Field(5, ge=1, description="Steps between evaluations on the held-out prompts.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints to resume from.")
     until_converged: bool = Field(False, description="Stop when the held-out KL(policy‖superior) no longer falls.")
-    max_kl_reference: float = Field(20.0, gt=0, description="Stop when the mean KL(policy‖reference), nats a token, exceeds this.")
+    max_kl_reference: float = Field(5.0, gt=0, description="Stop when the mean KL(policy‖reference), nats a token, exceeds this.")
 
 
 class Recipe(Table):

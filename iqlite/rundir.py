@@ -130,6 +130,10 @@ class RunDir:
             making.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
 
+    def copy_best(self, folder: Path) -> None:
+        """Fills a folder with the best adapter."""
+        shutil.copytree(self.best, folder, dirs_exist_ok=True)
+
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes checkpoints/step-N with everything an exact resume needs, and drops the oldest ones."""
         from safetensors.torch import save_file

@@ -81,7 +81,18 @@ class Session:
         """Samples answers to requests by a role, plain or told a description."""
         ids = [self.chat.ids(request, description) for request in requests]
         numbers = range(len(requests)) if index is None else index
-        return sample(self.policy, role, requests, ids, numbers, self.chat.stop_ids, sampler, step=step, progress=progress)
+        return sample(
+            self.policy,
+            role,
+            requests,
+            ids,
+            numbers,
+            self.chat.stop_ids,
+            sampler,
+            step=step,
+            rows=self.recipe.rollout.batch,
+            progress=progress,
+        )
 
     def score(self, rollout: Rollout, *, weights: str | None = None) -> TokenStatistics:
         """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient."""
@@ -132,14 +143,14 @@ def open_session(
     base = load_base(recipe.model.base, recipe.model.quantization, revision=recipe.model.revision, beside=recipe.folder)
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
     policy = _policy(recipe, base, start)
-    notes = [*train.notes, *held_out.notes]
+    notes = []
     if chat.default_template:
         notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
-    train, held_out = (
-        chat.shorten(prompts, _room(recipe, chat, base), name_of(source or recipe.prompts.train), key + name)
-        for prompts, source, name in ((train, recipe.prompts.train, "train"), (held_out, recipe.prompts.eval, "eval"))
-    )
-    notes += [note for prompts in (train, held_out) for note in prompts.notes if note not in notes]
+    room = _room(recipe, chat, base)
+    train = chat.shorten(train, room, name_of(recipe.prompts.train), key + "train")
+    held_out = chat.shorten(held_out, room, name_of(recipe.prompts.eval or recipe.prompts.train), key + "eval")
+    outside = outside and chat.shorten(outside, room, name_of(recipe.prompts.outside or ""), key + "outside")
+    notes += [note for prompts in (train, held_out, outside) if prompts for note in prompts.notes]
     session = Session(recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, ())
     if session.placement == "auto":
         session, note = _place(session, say)

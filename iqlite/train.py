@@ -97,7 +97,10 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
             _checkpoint(session, run, optimizer, monitors, step, why)
 
     why = why or "finished"
-    run.save_folder(run.adapter, policy.save_adapter)
+    if why in ("finished", "interrupted") or not run.best.is_dir():
+        run.save_folder(run.adapter, policy.save_adapter)
+    else:  # a monitor stopped it: what is left is the best adapter, not the last
+        run.save_folder(run.adapter, run.copy_best)
     outcome = Outcome(step, total, why, monitors.best_step, monitors.best_kl)
     if why != "interrupted":
         run.write_result(vars(outcome))

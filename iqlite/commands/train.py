@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from iqlite.errors import RunError
@@ -40,8 +41,14 @@ def run(
     total = recipe.total_steps(len(session.train))
     facts(console, derived(recipe, session, path, total, parameters))
     first = run_dir.last_step() + 1
-    with finish_the_step(console) as interrupt, TrainingView(console, total, first) as view:
-        outcome = train(session, run_dir, view, lambda: interrupt.asked)
+    try:
+        with finish_the_step(console) as interrupt, TrainingView(console, total, first) as view:
+            outcome = train(session, run_dir, view, lambda: interrupt.asked)
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"{path}: the card's memory is full; lower rollout.batch ({recipe.rollout.batch}), train.micro_batch ({recipe.train.micro_batch}), "
+            f"train.chunk_tokens ({recipe.train.chunk_tokens}) or rollout.max_new_tokens with --set, and start again with --force."
+        ) from None
     _conclude(console, run_dir, recipe_path, overrides, out, outcome, as_json=as_json)
     return INTERRUPTED if outcome.why == "interrupted" else 0
 
@@ -88,6 +95,7 @@ def _conclude(
     seconds = sum(line.get("time/step_s", 0.0) + line.get("time/eval_s", 0.0) for line in run_dir.metrics())
     ended = "finished" if outcome.why == "finished" else f"stopped by the monitor “{outcome.why}”"
     console.print(f"{ended} after {outcome.step} steps and {duration(seconds)}.", markup=False)
-    shown = {"adapter": str(run_dir.adapter), "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
+    best = "" if outcome.why == "finished" else " (the best one)"
+    shown = {"adapter": f"{run_dir.adapter}{best}", "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
     facts(console, shown)
     console.print(f"next:  iqlite compare {run_dir.path}", markup=False)
