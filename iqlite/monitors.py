@@ -16,6 +16,7 @@ HELD_OUT_KL = "eval/kl_policy_superior"
 FIRST = 3  # steps that say what is normal for this run
 PATIENCE = 3  # steps, or evaluations, in a row before a rule stops the run
 NO_GRADIENT = 1e-6
+WORSE = 1.25  # times the best held-out KL; less is the noise of a few answers
 IMPROVEMENT = 0.01  # relative fall of the held-out KL that counts as getting better
 
 
@@ -74,7 +75,13 @@ class Monitors:
         else:
             self.since_best += 1
         verdicts = [
-            self._rule("held-out", not kl < 1.1 * self.best_kl, "the held-out KL(policy‖superior) is getting worse", stop_after=PATIENCE)
+            self._rule(
+                "held-out",
+                not kl < WORSE * self.best_kl,
+                "the held-out KL(policy‖superior) is getting worse",
+                stop_after=PATIENCE,
+                warn_after=2,
+            )
         ]
         if "outside/repetition" in values:
             self.history.setdefault("outside/repetition", []).append(values["outside/repetition"])
@@ -94,12 +101,12 @@ class Monitors:
         """What `state` returned, as it was."""
         return cls(**{**state, "best_kl": math.inf if state["best_kl"] is None else state["best_kl"]})
 
-    def _rule(self, rule: str, broken: bool, message: str, stop_after: int | None = None) -> Verdict | None:
-        """Counts a rule's breaches in a row: the first in a run warns, `stop_after` in a row stop."""
+    def _rule(self, rule: str, broken: bool, message: str, stop_after: int | None = None, warn_after: int = 1) -> Verdict | None:
+        """Counts a rule's breaches in a row: `warn_after` in a row warn, once a run; `stop_after` in a row stop."""
         self.in_a_row[rule] = self.in_a_row.get(rule, 0) + 1 if broken else 0
         if stop_after is not None and self.in_a_row[rule] >= stop_after:
             return Verdict(rule, f"{message} ({self.in_a_row[rule]} in a row).", stop=True)
-        if broken and rule not in self.warned:
+        if self.in_a_row[rule] >= warn_after and rule not in self.warned:
             self.warned.append(rule)
             return Verdict(rule, f"{message}.")
         return None

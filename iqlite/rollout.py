@@ -18,6 +18,9 @@ from iqlite.policy import Policy
 from iqlite.records import Messages, Rollout
 
 
+NUCLEUS_FIRST = 1024  # tokens looked at before the whole vocabulary is sorted
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 truncates nothing. `stream` keeps uses of one seed apart."""
@@ -87,12 +90,20 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
         return logits_BV.argmax(-1)
     probs_BV = (logits_BV.float() / temperature).softmax(-1).double()
     if top_p < 1:
-        sorted_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-        outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
-        probs_BV = probs_BV.scatter(-1, ids_BV, sorted_BV.masked_fill(outside_BV, 0.0))
+        probs_BV = probs_BV * (probs_BV >= _smallest_in_nucleus(probs_BV, top_p))
     cumulative_BV = probs_BV.cumsum(-1)
     at_B1 = uniform_B.to(logits_BV.device)[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, at_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+
+
+def _smallest_in_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
+    """[B, 1]: the last probability that the nucleus needs to reach `top_p`; ties with it belong to the nucleus too."""
+    for k in (min(NUCLEUS_FIRST, probs_BV.shape[-1]), probs_BV.shape[-1]):  # a full sort only where few tokens don't suffice
+        top_Bk = probs_BV.topk(k).values
+        needed_Bk = top_Bk.cumsum(-1) - top_Bk < top_p
+        if k == probs_BV.shape[-1] or not bool(needed_Bk[:, -1].any()):
+            break
+    return top_Bk.gather(-1, needed_Bk.sum(-1, keepdim=True) - 1)
 
 
 def _decode(

@@ -1,0 +1,78 @@
+"""What only a CUDA card can show: the same code path as on a CPU, in 4 bits and 16-bit compute, within a small card's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from iqlite.optimizer import load_state_of, make_optimizer, state_of
+from iqlite.rundir import RunDir
+from iqlite.session import Session, environment
+from iqlite.superior import read
+from iqlite.train import train, update
+from tests.bench.memory import tensors_of
+from tests.bench.pairs import Silent
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+SMALL_CARD = 6 * 2**30
+
+
+@pytest.fixture(autouse=True)
+def small_card() -> Iterator[None]:
+    """Plays a 6 GiB card, and takes the limit back."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, SMALL_CARD / total))
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "gemma", "olmo2"])
+def test_a_whole_nf4_run(architecture: str, tiny: Callable[..., Path], make_session: Callable[..., Session], tmp_path: Path) -> None:
+    session = make_session(model={"base": str(tiny(architecture)), "quantization": "nf4"})
+    outcome = train(session, RunDir.create(tmp_path / "run", session.recipe, environment(session)), Silent())
+    assert outcome.why == "finished"
+    assert all(torch.isfinite(value).all() for value in session.policy.state().values())
+
+
+def test_no_float32_base_tensor_above_a_megabyte(make_session: Callable[..., Session]) -> None:
+    session = make_session(model={"quantization": "nf4"})
+    large = [n for n, t in tensors_of(session.policy.model) if t.dtype == torch.float32 and "lora" not in n and t.nbytes > 2**20]
+    assert not large
+    assert all(p.dtype == torch.float32 for p in session.policy.parameters.values())
+
+
+def test_adapters_off_is_the_bare_base_and_a_fresh_adapter_changes_nothing(make_session: Callable[..., Session]) -> None:
+    session = make_session(model={"quantization": "nf4"})
+    rollout = session.answers("policy", session.train.requests[:4], session.sampler("train"))
+    means = session.score(rollout).means()
+    assert means["kl/policy_reference"] == 0.0
+
+
+def test_gradients_before_and_after_a_rollout_agree(make_session: Callable[..., Session]) -> None:
+    session = make_session(model={"quantization": "nf4"}, train={"checkpointing": "on"})
+    rollout = session.answers("reference", session.train.requests[:4], session.sampler("train"))
+    scores = read(session.policy, session.chat, rollout, session.readings, rows=4)
+    norms = []
+    for _ in range(2):
+        norms.append(update(session, make_optimizer(session.policy, "adamw"), rollout, scores, 0.0)[1])
+        session.answers("policy", session.train.requests[:4], session.sampler("train"))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0] > 0
+
+
+def test_paged_optimizer_state_survives_a_checkpoint(make_session: Callable[..., Session]) -> None:
+    session = make_session(model={"quantization": "nf4"})
+    rollout = session.answers("policy", session.train.requests[:4], session.sampler("train"))
+    scores = read(session.policy, session.chat, rollout, session.readings, rows=4)
+    optimizer = make_optimizer(session.policy, "paged-adamw-8bit")
+    update(session, optimizer, rollout, scores, 1e-3)
+    tensors, numbers = state_of(optimizer)
+    again = make_optimizer(session.policy, "paged-adamw-8bit")
+    load_state_of(again, tensors, numbers)
+    restored, restored_numbers = state_of(again)
+    assert restored_numbers == numbers
+    assert tensors.keys() == restored.keys()
+    assert all(torch.equal(value, restored[name]) for name, value in tensors.items())
