@@ -284,9 +284,9 @@ def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
 
     try:
         rows = load_dataset(source.dataset, data_dir=source.folder, split=source.split)
-    except (OSError, DatasetNotFoundError) as error:
+    except (OSError, DatasetNotFoundError):
         raise PromptsError(
-            f"{key}: the data set {source.dataset!r} isn't in the local cache and can't be fetched ({str(error).splitlines()[0]}): connect to the network, or name a local file."
+            f"{key}: the data set {source.dataset!r} isn't in the local cache and the hub can't be reached, or has no such public data set: connect to the network, or name a local file."
         ) from None
     except (ValueError, KeyError) as error:
         raise PromptsError(

@@ -17,7 +17,6 @@ from transformers import DynamicCache
 from iqlite.policy import Policy
 from iqlite.records import Messages, Rollout
 
-
 NUCLEUS_FIRST = 1024  # tokens looked at before the whole vocabulary is sorted
 
 

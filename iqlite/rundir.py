@@ -47,10 +47,14 @@ class RunDir:
                     raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
                 if path.is_dir() and any(path.iterdir()) and not (path / RECIPE).is_file():
                     raise RunError(f"{path} isn't a run directory, so --force won't delete it: name another --out.")
+            making = cls(path.with_name(f".making-{path.name}"))
+            shutil.rmtree(making.path, ignore_errors=True)
+            making.path.mkdir(parents=True)
+            making._write(ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+            making._write(RECIPE, tomli_w.dumps(locked(recipe)))
+            if path.exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            path.mkdir(parents=True)
-            run._write(ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
-            run._write(RECIPE, tomli_w.dumps(locked(recipe)))
+            making.path.rename(path)  # a run directory is there whole or not at all
         return run
 
     @classmethod

@@ -17,6 +17,7 @@ import torch
 from iqlite.base import Base, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
 from iqlite.estimators import ESTIMATORS
+from iqlite.hub import offline_without_network
 from iqlite.objectives import OBJECTIVES, kl
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
@@ -134,6 +135,7 @@ def open_session(
 ) -> Session:
     """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written."""
     key = f"{recipe.path}: prompts."
+    offline_without_network()
     train = load_prompts(recipe.prompts.train, beside=recipe.folder, key=key + "train")
     held_out = load_prompts(recipe.prompts.eval, beside=recipe.folder, key=key + "eval") if recipe.prompts.eval else None
     outside = load_prompts(recipe.prompts.outside, beside=recipe.folder, key=key + "outside") if recipe.prompts.outside else None
