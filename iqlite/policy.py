@@ -7,6 +7,7 @@ Outside such a block the model is the policy, in training mode, with gradients i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
-from iqlite.base import Base
+from iqlite.base import Base, Identity, first_line
 from iqlite.chunked import Head
 from iqlite.errors import AdapterError
 
@@ -40,7 +42,8 @@ class Policy:
                 self.model: Any = get_peft_model(base.model, config, adapter_name=TRAINED)
         else:
             check_adapter(start, base)
-            self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
+            with _fitting(start, base):
+                self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
         self.model.peft_config[TRAINED].base_model_name_or_path = base.name
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
@@ -103,7 +106,8 @@ class Policy:
     def add_frozen(self, name: str, folder: Path) -> None:
         """Loads another adapter of this base for reading (`acting_as(name)`); AdapterError if it isn't one of this base."""
         check_adapter(folder, self.base)
-        self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        with _fitting(folder, self.base):
+            self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         self._pin()
 
     def state(self, name: str = TRAINED) -> dict[str, Tensor]:
@@ -139,10 +143,6 @@ class Policy:
 
 def check_adapter(folder: Path, base: Base) -> None:
     """AdapterError unless `folder` holds a plain LoRA in safetensors that was made on this base."""
-    import json
-
-    from iqlite.base import Identity
-
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
         raise AdapterError(f"{folder} holds no adapter_config.json: name a folder in PEFT format, such as a run's adapter/ folder.")
@@ -164,3 +164,14 @@ def check_adapter(folder: Path, base: Base) -> None:
         raise AdapterError(
             f"{folder} was trained on {config.get('base_model_name_or_path')}, not on {base.name}: use it with its own base."
         )
+
+
+@contextmanager
+def _fitting(folder: Path, base: Base) -> Iterator[None]:
+    """Says which adapter it is that can't be read, or has other shapes than the base."""
+    try:
+        yield
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(f"{folder} can't be read ({first_line(error)}): save the adapter again.") from None
+    except RuntimeError as error:
+        raise AdapterError(f"{folder} doesn't fit {base.name} ({first_line(error)}): use it with its own base.") from None
