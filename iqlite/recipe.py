@@ -343,20 +343,28 @@ def _explain(error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     # A union reports each of its branches: the fault that lies deepest is the one in the branch that was meant.
     first = max(faults, key=lambda fault: len(fault["loc"])) if all(f["loc"][:2] == faults[0]["loc"][:2] for f in faults) else faults[0]
-    loc = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("HubPrompts", "str")))]
+    loc = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in UNION_BRANCHES))]
     key = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":
         table = Recipe if len(loc) == 1 else _table_at(loc[:-1])
-        return f"{key} isn't a key of a recipe{_nearest(str(loc[-1]), list(table.model_fields)) if table else ''}"
+        return f"{key} isn't a key of a recipe{_nearest(str(loc[-1]), list(table.model_fields)) if table else '.'}"
     if first["type"] == "missing":
-        return f"{key} is missing; add it" + (' (for example train = "prompts.jsonl")' if key == "prompts.train" else "")
+        return f"{key} is missing; add it" + (' (for example train = "prompts.jsonl").' if key == "prompts.train" else ".")
     if first["type"] == "value_error":
-        return f"{first['ctx']['error']}."
+        return _ended(str(first["ctx"]["error"]))
+    if first["type"] == "model_type":
+        return f"{key} = {first['input']!r} must be a table of keys, [{key}]."
     message = first["msg"][0].lower() + first["msg"][1:]
     table = _table_at(loc[:-1])
     field = table.model_fields.get(str(loc[-1])) if table else None
-    what = f" ({field.description})" if field is not None and field.description else ""
-    return f"{key} = {first['input']!r}: {message}{what}"
+    return f"{key} = {first['input']!r}: {message}" + (f" ({field.description})" if field is not None and field.description else ".")
+
+
+UNION_BRANCHES = ("HubPrompts", "str", "constrained-str")  # what pydantic calls the alternatives of `Source`
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?")) else sentence + "."
 
 
 def _table_at(loc: Sequence[Any]) -> type[BaseModel] | None:
