@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from iqlite.errors import BaseError
@@ -113,14 +114,17 @@ def load_base(name: str, quantization: str = "nf4", *, revision: str | None = No
         options["device_map"] = {"": device.index}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except OSError as error:
         raise BaseError(explain(name, error)) from None
-    except (ValueError, KeyError) as error:
-        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose another base.") from None
     except torch.OutOfMemoryError:
         free = torch.cuda.get_device_properties(device).total_memory / 2**30
         raise BaseError(f"base {name!r} doesn't fit this card's {free:.1f} GiB; choose a smaller base or quantization = \"nf4\".") from None
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; download it again, or choose another base.") from None
+    if found["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(found["missing_keys"])
+        raise BaseError(f"base {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again.")
     model.requires_grad_(False)
     train_on_any_cpu(model)
     return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, model))
