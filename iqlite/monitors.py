@@ -17,6 +17,8 @@ FIRST = 3  # steps that say what is normal for this run
 PATIENCE = 3  # steps, or evaluations, in a row before a rule stops the run
 NO_GRADIENT = 1e-6
 WORSE = 1.25  # times the best held-out KL; less is the noise of a few answers
+SWING = 0.25  # of the first KL; smaller ups and downs are the noise of a few answers
+ROUNDING = 1e-3  # nats a token; a KL that is zero but for rounding never gets worse
 IMPROVEMENT = 0.01  # relative fall of the held-out KL that counts as getting better
 
 
@@ -50,7 +52,7 @@ class Monitors:
         ]
         if finite:
             verdicts += self._rules(values)
-            for name in ("loss", "reward/variance", "policy/entropy", "response/repetition", "response/truncated_share"):
+            for name in ("kl/policy_superior", "reward/variance", "policy/entropy", "response/repetition", "response/truncated_share"):
                 self.history.setdefault(name, []).append(values[name])
         return [v for v in verdicts if v is not None]
 
@@ -63,7 +65,7 @@ class Monitors:
             self._rule("repetition", self._grew("response/repetition", values, 2.0, above=0.25), "answers repeat themselves more and more", stop_after=PATIENCE),
             self._rule("truncated", self._grew("response/truncated_share", values, 1.5, above=0.5), "more and more answers run into rollout.max_new_tokens", stop_after=2 * PATIENCE),
             self._rule("variance", self._grew("reward/variance", values, 10.0, above=1.0), "the variance of the reward has grown tenfold"),
-            self._rule("oscillation", self._oscillates(values["loss"]), "the loss swings up and down from step to step; lower the learning rate"),
+            self._rule("oscillation", self._oscillates(values["kl/policy_superior"]), "KL(policy‖superior) swings up and down from step to step; lower the learning rate"),
         ]  # fmt: skip
 
     def after_eval(self, step: int, values: dict[str, float]) -> tuple[bool, list[Verdict]]:
@@ -77,7 +79,7 @@ class Monitors:
         verdicts = [
             self._rule(
                 "held-out",
-                not kl < WORSE * self.best_kl,
+                not kl <= WORSE * self.best_kl + ROUNDING,
                 "the held-out KL(policy‖superior) is getting worse",
                 stop_after=PATIENCE,
                 warn_after=2,
@@ -123,8 +125,11 @@ class Monitors:
         first = self._first(name)
         return first is not None and values[name] > above and values[name] > times * first
 
-    def _oscillates(self, loss: float) -> bool:
-        last = [*self.history.get("loss", []), loss][-9:]
+    def _oscillates(self, kl: float) -> bool:
+        """Eight changes in a row that turn each time, none of them small beside what the run began with (the loss's own sign and
+        scale differ between objectives; the KL's don't)."""
+        first = self._first("kl/policy_superior")
+        last = [*self.history.get("kl/policy_superior", []), kl][-9:]
         changes = [b - a for a, b in itertools.pairwise(last)]
         turns = sum(a * b < 0 for a, b in itertools.pairwise(changes))
-        return len(last) == 9 and turns == 7 and min(map(abs, changes)) > 0.5 * abs(statistics.fmean(last))
+        return first is not None and len(last) == 9 and turns == 7 and min(map(abs, changes)) > SWING * first

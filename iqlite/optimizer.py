@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqlite.monitors import NO_GRADIENT
 from iqlite.policy import Policy
 
 BETAS = (0.9, 0.95)  # ours
@@ -43,14 +44,17 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: float, schedule
 
 
 def apply_update(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
-    """One optimizer step from the accumulated gradients; returns their norm before clipping. Skips the step if it isn't finite."""
+    """One optimizer step from the accumulated gradients; returns their norm before clipping.
+
+    Skips the step if the norm isn't finite, or is rounding only: Adam would blow rounding up to steps of full size.
+    """
     parameters = list(policy.parameters.values())
     if policy.loss_scale != 1.0:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(policy.loss_scale)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    if math.isfinite(norm):
+    if math.isfinite(norm) and norm >= NO_GRADIENT:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()

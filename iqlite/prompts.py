@@ -248,7 +248,7 @@ def _rows(source: str | HubPrompts, beside: Path, key: str) -> Iterable[tuple[in
 
 
 def _jsonl(path: Path) -> Iterable[tuple[int, Any]]:
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -275,7 +275,7 @@ def _parquet(path: Path) -> Iterable[tuple[int, Any]]:
 
 
 def _lines(path: Path) -> Iterable[tuple[int, Any]]:
-    return [(number, line) for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1) if line.strip()]
+    return [(number, line) for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
 
 
 def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:

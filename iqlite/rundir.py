@@ -243,8 +243,9 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8").split("\n"):  # splitlines would also split where a model wrote U+2028
             try:
-                yield json.loads(line)
+                if line:
+                    yield json.loads(line)
             except ValueError:
                 return  # the line that a kill cut in two; nothing can follow it

@@ -43,7 +43,7 @@ def put_into_ollama(store: Path, model: str, tag: str, source: Path) -> Path:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     blob = store / "blobs" / f"sha256-{digest}"
     blob.parent.mkdir(parents=True)
-    os.link(source, blob) if os.stat(source).st_dev == os.stat(store).st_dev else blob.symlink_to(source)
+    blob.symlink_to(source)
     manifest = store / "manifests" / "registry.ollama.ai" / "library" / model / tag
     manifest.parent.mkdir(parents=True)
     layers = [
@@ -75,7 +75,14 @@ def test_one_gguf_under_all_its_names_is_one_conversion(home: Path) -> None:
         (folder / "model.gguf").symlink_to(source)
     (home / "plain" / "mmproj-model.gguf").symlink_to(source)  # a projector isn't a model of its own
     (home / "blob-without-a-suffix").symlink_to(source)
-    for name in ("ollama:smol:135m", "lmstudio:someone/smol", "lmstudio:someone/smol/model.gguf", str(source), "blob-without-a-suffix", "plain"):
+    for name in (
+        "ollama:smol:135m",
+        "lmstudio:someone/smol",
+        "lmstudio:someone/smol/model.gguf",
+        str(source),
+        "blob-without-a-suffix",
+        "plain",
+    ):
         assert locate(name, home) == expected, name
 
 
@@ -134,7 +141,11 @@ def test_what_can_t_be_loaded_is_one_sentence(tiny: Callable[..., Path], tmp_pat
     (tmp_path / "text.gguf").write_text("hello")
     assert "isn't GGUF" in refusal("text.gguf", tmp_path).replace("aren't GGUF", "isn't GGUF")
     monkeypatch.setenv("IQLITE_CACHE", str(tmp_path / "cache"))
-    for name, content in (("magic.gguf", b"GGUF"), ("garbage.gguf", b"GGUF" + bytes(range(256)) * 4), ("half.gguf", embedded().read_bytes()[:50_000])):
+    for name, content in (
+        ("magic.gguf", b"GGUF"),
+        ("garbage.gguf", b"GGUF" + bytes(range(256)) * 4),
+        ("half.gguf", embedded().read_bytes()[:50_000]),
+    ):
         (tmp_path / name).write_bytes(content)
         said = refusal(name, tmp_path)
         assert "can't be read" in said and "download it again" in said

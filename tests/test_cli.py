@@ -172,7 +172,9 @@ def test_missing_recipe_and_run(iqlite: Callable[..., tuple[int, str, str]], rec
     assert "run" not in files(tmp_path)
 
 
-def test_bitsandbytes_missing(iqlite: Callable[..., tuple[int, str, str]], recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitsandbytes_missing(
+    iqlite: Callable[..., tuple[int, str, str]], recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     code, _, err = iqlite("train", recipe(model={"quantization": "nf4"}), "--out", "run")
     assert code == 2 and "bitsandbytes" in err and 'quantization = "none"' in err and err.count("\n") == 1
@@ -203,7 +205,7 @@ def test_no_space_before_and_during_a_run(
     assert caught.value.code == 2
     monkeypatch.setattr(Path, "write_text", write)
     assert not list(Path("run/checkpoints").glob("step-*"))  # no half checkpoint
-    code, out, err = iqlite("train", "recipe.toml", "--out", "run", "--resume")
+    code, _, err = iqlite("train", "recipe.toml", "--out", "run", "--resume")
     assert code == 0, err
 
 
@@ -234,7 +236,12 @@ def test_a_whole_run_through_the_command_line(
     assert code == 0 and [part.split("=")[0] for part in last.split()] == ["tone", "base", "told", "trained"]
     code, out, _ = iqlite("compare", "runs/recipe", "--json", "--seeds", "1", "--prompts", "3")
     result = json.loads(out)
-    assert result["prompts"] == 3 and [m["name"] for m in result["measures"]] == ["base", "told (system turn)", "told (user turn)", "trained"]
+    assert result["prompts"] == 3 and [m["name"] for m in result["measures"]] == [
+        "base",
+        "told (system turn)",
+        "told (user turn)",
+        "trained",
+    ]
     assert json.loads((tmp_path / "runs/recipe/compare.json").read_text()) == result
 
 

@@ -41,7 +41,9 @@ def imports(tree: ast.AST, *, everywhere: bool) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from ([f"{node.module}.{a.name}" for a in node.names] if node.module in ("iqlite", "iqlite.commands") else [str(node.module)])
+            yield from (
+                [f"{node.module}.{a.name}" for a in node.names] if node.module in ("iqlite", "iqlite.commands") else [str(node.module)]
+            )
         elif everywhere or not (
             isinstance(node, (ast.FunctionDef, ast.Lambda)) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         ):

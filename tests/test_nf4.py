@@ -64,7 +64,9 @@ def test_gradients_are_the_same_before_and_after_a_rollout(
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "gemma", "olmo2"])
 def test_a_whole_nf4_run(architecture: str, tiny: Callable[..., Path], make_session: Callable[..., Session], tmp_path: Path) -> None:
     session = make_session(
-        model=NF4 | {"base": str(tiny(architecture))}, train={"steps": 20, "eval_every": 20, "learning_rate": 1e-2}, rollout={"max_new_tokens": 12}
+        model=NF4 | {"base": str(tiny(architecture))},
+        train={"steps": 20, "eval_every": 20, "learning_rate": 1e-2},
+        rollout={"max_new_tokens": 12},
     )
     fixed = session.answers("reference", session.train.requests, session.sampler("fixed"))
     before = session.score(fixed).means()["kl/policy_superior"]

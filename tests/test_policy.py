@@ -119,7 +119,12 @@ def test_checkpointing_and_micro_batches_don_t_change_the_gradients(make_session
     rollout = training_rollout(session)
     plain = gradients(session, rollout)
     assert sum(float(g.abs().sum()) for g in plain.values()) > 0
-    for other in ({"checkpointing": "on"}, {"micro_batch": 1}, {"micro_batch": 3, "chunk_tokens": 2}, {"checkpointing": "on", "micro_batch": 2}):
+    for other in (
+        {"checkpointing": "on"},
+        {"micro_batch": 1},
+        {"micro_batch": 3, "chunk_tokens": 2},
+        {"checkpointing": "on", "micro_batch": 2},
+    ):
         found = gradients(make_session(train=wide | other), rollout)
         assert all(torch.allclose(found[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain), other
 

@@ -116,7 +116,16 @@ def test_hh_transcripts_messages_and_strings_are_requests() -> None:
     assert parse_request("  Hello? ") == HELLO
     system = {"role": "system", "content": "Be brief."}
     assert parse_request([system, *TURNS]) == (system, *TURNS)
-    for wrong in (7, None, {}, [], [{"role": "assistant", "content": "Hi."}], [*HELLO, *HELLO], [{"role": "user", "content": 5}], ["Hello?"]):
+    for wrong in (
+        7,
+        None,
+        {},
+        [],
+        [{"role": "assistant", "content": "Hi."}],
+        [*HELLO, *HELLO],
+        [{"role": "user", "content": 5}],
+        ["Hello?"],
+    ):
         assert parse_request(wrong) is None
 
 
@@ -143,6 +152,13 @@ def test_every_format_gives_the_same_requests(suffix: str, tmp_path: Path) -> No
     prompts = load_prompts(f"five{suffix}", beside=tmp_path, key="prompts.train")
     assert [request[-1]["content"] for request in prompts.requests] == FIVE
     assert prompts.notes == ()
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
+    """Unicode has more line separators, which stand unescaped inside JSON strings."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "One\u2028and\u0085half?"}\r\n{"prompt": "Two?"}\n', "utf-8")
+    prompts = load_prompts("p.jsonl", beside=tmp_path, key="prompts.train")
+    assert [request[-1]["content"] for request in prompts.requests] == ["One\u2028and\u0085half?", "Two?"]
 
 
 def test_several_sources_are_read_after_one_another_without_doubles(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def test_what_is_required_depends_on_the_estimator() -> None:
     assert "superior.adapter is missing" in fault({"prompts": {"train": "p"}, "superior": {"estimator": "adapter"}})
     assert parse_recipe({"prompts": {"train": "p"}, "superior": {"estimator": "adapter", "adapter": "a"}}, HERE)
     assert "behavior.mixture is empty" in fault({"prompts": {"train": "p"}, "superior": {"estimator": "mixture"}})
-    two = [{"name": "kind", "wanted": "Be kind.", "unwanted": "Be mean."}, {"name": "short", "weight": 2.0, "wanted": "Be short.", "unwanted": "Be long."}]
+    two = [
+        {"name": "kind", "wanted": "Be kind.", "unwanted": "Be mean."},
+        {"name": "short", "weight": 2.0, "wanted": "Be short.", "unwanted": "Be long."},
+    ]
     mixed = {"prompts": {"train": "p"}, "superior": {"estimator": "mixture"}, "behavior": {"mixture": two}}
     assert [p.weight for p in parse_recipe(mixed, HERE).behavior.mixture] == [1.0, 2.0]
     assert 'set superior.estimator = "mixture"' in fault({"prompts": {"train": "p"}, "behavior": {"mixture": two} | LEAST["behavior"]})
@@ -114,7 +117,9 @@ def test_faults_name_key_value_and_fix(tables: dict[str, Any], expected: str) ->
 def test_set_changes_a_key_and_steps_clear_epochs(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(with_(train={"epochs": 2.0})), "utf-8")
-    recipe = load_recipe(path, ["train.steps=7", "rollout.temperature=0.8", "model.base=some/model", "superior.strength = 2", "train.until_converged=true"])
+    recipe = load_recipe(
+        path, ["train.steps=7", "rollout.temperature=0.8", "model.base=some/model", "superior.strength = 2", "train.until_converged=true"]
+    )
     assert (recipe.train.steps, recipe.train.epochs) == (7, None)
     assert recipe.rollout.temperature == 0.8 and recipe.model.base == "some/model" and recipe.train.until_converged
     assert recipe.superior.settings() == {"strength": 2, "clip": 5.0, "plausibility": 1e-4}
@@ -135,7 +140,7 @@ def test_a_recipe_is_frozen_and_its_fields_have_one_sentence_each() -> None:
     with pytest.raises(Exception, match="frozen"):
         recipe.train.steps = 3  # type: ignore[misc]
     rows = keys()
-    assert all(what.endswith(".") and what[0].isupper() or what.startswith(("nf4", "auto")) for _, _, what in rows)
+    assert all((what.endswith(".") and what[0].isupper()) or what.startswith(("nf4", "auto")) for _, _, what in rows)
     tables = [field.annotation for field in Recipe.model_fields.values()]
     count = sum(len(t.model_fields) for t in tables if t is not None and issubclass(t, BaseModel))
     assert count <= 45

@@ -31,7 +31,7 @@ def test_noise_is_a_function_of_its_arguments_and_uniform() -> None:
     for other in ((0, "train", 2, index, 3), (1, "eval", 2, index, 3), (1, "train", 1, index, 3), (1, "train", 2, index, 4)):
         correlation = float(np.corrcoef(first, noise(*other))[0, 1])
         assert abs(correlation) < 0.06
-    assert 0 <= float(first.min()) and float(first.max()) < 1
+    assert float(first.min()) >= 0 and float(first.max()) < 1
     counts = torch.histc(first, 10, 0, 1)
     assert float(((counts - 400) ** 2 / 400).sum()) < 27.9  # χ² with 9 degrees of freedom, p = 0.001
 
@@ -59,7 +59,7 @@ def test_the_nucleus_is_the_sorted_one(top_p: float) -> None:
         found = choose(logits, uniform, 1.0, top_p)
         for row in range(64):
             probs = logits[row].softmax(-1).double()
-            order = sorted(range(5_000), key=lambda a: -float(probs[a]))  # noqa: B023
+            order = sorted(range(5_000), key=lambda a: -float(probs[a]))
             held, total = [], 0.0
             for token in order:
                 held.append(token)
@@ -78,7 +78,11 @@ def test_greedy_is_the_model_s_own_greedy(make_session: Callable[..., Session]) 
         with torch.no_grad():
             session.policy.model.eval()
             out = session.policy.model.generate(
-                input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=list(session.chat.stop_ids), pad_token_id=0
+                input_ids=torch.tensor([prompt]),
+                do_sample=False,
+                max_new_tokens=12,
+                eos_token_id=list(session.chat.stop_ids),
+                pad_token_id=0,
             )
         assert out[0, len(prompt) :].tolist() == rollout.response_ids(row)
 
@@ -92,7 +96,9 @@ def test_ids_don_t_depend_on_how_the_batch_is_split(make_session: Callable[..., 
     wide = session.answers("policy", requests, sampler)
     differing = 0
     for rows in (1, 3, 8):
-        narrow = replace(session, recipe=session.recipe.model_copy(update={"rollout": session.recipe.rollout.model_copy(update={"batch": rows})}))
+        narrow = replace(
+            session, recipe=session.recipe.model_copy(update={"rollout": session.recipe.rollout.model_copy(update={"batch": rows})})
+        )
         found = narrow.answers("policy", requests, sampler)
         differing += sum(found.response_ids(row) != wide.response_ids(row) for row in range(16))
         order = list(reversed(range(16)))

@@ -19,7 +19,9 @@ from iqlite.train import micro_batches
 from tests import oracle
 from tests.test_policy import shake, training_rollout
 
-REQUESTS = tuple(({"role": "user", "content": text},) for text in ("why?", "tell me more about this thing", "so", "a longer question, please"))
+REQUESTS = tuple(
+    ({"role": "user", "content": text},) for text in ("why?", "tell me more about this thing", "so", "a longer question, please")
+)
 
 
 def logits_of(model: object, prompt: Sequence[int], response: Sequence[int]) -> list[list[float]]:
@@ -113,7 +115,9 @@ def test_left_padded_decoding_and_right_padded_scoring_agree(make_session: Calla
 
 
 @pytest.mark.parametrize("estimator", ["contrastive", "mixture", "prompted", "adapter"])
-def test_without_a_contrast_the_superior_policy_is_the_reference(estimator: str, make_session: Callable[..., Session], tmp_path: Path) -> None:
+def test_without_a_contrast_the_superior_policy_is_the_reference(
+    estimator: str, make_session: Callable[..., Session], tmp_path: Path
+) -> None:
     """c⁺ = c⁻ (to the bit, since the readings share shape and padding) and strength 0; an untouched adapter then has reward 0."""
     same = Description("You are kind.")
     session = make_session()
@@ -124,7 +128,10 @@ def test_without_a_contrast_the_superior_policy_is_the_reference(estimator: str,
         tables = {"superior": {"estimator": estimator, "adapter": str(folder)}, "behavior": {"wanted": None, "unwanted": None}}
     elif estimator == "mixture":
         two = [{"name": n, "wanted": "Be kind.", "unwanted": "Be mean."} for n in ("one", "two")]
-        tables = {"superior": {"estimator": estimator, "strength": 0.0}, "behavior": {"wanted": None, "unwanted": None, "mixture": tuple(two)}}
+        tables = {
+            "superior": {"estimator": estimator, "strength": 0.0},
+            "behavior": {"wanted": None, "unwanted": None, "mixture": tuple(two)},
+        }
     elif estimator == "prompted":
         tables = {"superior": {"estimator": estimator, "strength": 0.0}, "behavior": {"unwanted": None}}
     else:

@@ -50,7 +50,7 @@ def by_step(path: Path) -> dict[int, tuple[float, float]]:
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").strip().split("\n")]
 
 
 def main() -> None:

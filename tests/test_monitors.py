@@ -1,0 +1,101 @@
+"""Each stability rule on metrics that break it, and on ordinary ones that mustn't; state that survives JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from iqlite.monitors import HELD_OUT_KL, Monitors, Verdict
+
+FINE = {
+    "loss": 0.5, "kl/policy_superior": 0.5, "policy/grad_norm": 0.3, "policy/entropy": 2.0, "kl/policy_reference": 0.1,
+    "response/repetition": 0.05, "response/truncated_share": 0.4, "reward/variance": 0.5,
+}  # fmt: skip
+
+
+def feed(monitors: Monitors, rows: list[dict[str, float]]) -> list[list[Verdict]]:
+    """Verdicts of each row after three ordinary ones."""
+    for _ in range(3):
+        assert monitors.after_step(FINE) == []
+    return [monitors.after_step({**FINE, **row}) for row in rows]
+
+
+def rules(verdicts: list[list[Verdict]]) -> list[list[tuple[str, bool]]]:
+    return [[(v.rule, v.stop) for v in row] for row in verdicts]
+
+
+@pytest.mark.parametrize(
+    ("rule", "row", "stops_after"),
+    [
+        ("non-finite", {"loss": math.nan}, 3),
+        ("non-finite", {"policy/grad_norm": math.inf}, 3),
+        ("kl", {"kl/policy_reference": 6.0}, 1),
+        ("gradient", {"policy/grad_norm": 0.0}, 3),
+        ("entropy", {"policy/entropy": 0.1}, 3),
+        ("repetition", {"response/repetition": 0.4}, 3),
+        ("truncated", {"response/truncated_share": 0.9}, 6),
+        ("variance", {"reward/variance": 50.0}, None),
+    ],
+)
+def test_a_rule_warns_once_then_stops(rule: str, row: dict[str, float], stops_after: int | None) -> None:
+    seen = rules(feed(Monitors(5.0), [row] * 7))
+    for number, verdicts in enumerate(seen, 1):
+        if stops_after is not None and number >= stops_after:
+            assert verdicts == [(rule, True)]
+        else:
+            assert verdicts == ([(rule, False)] if number == 1 else [])
+    apart = rules(feed(Monitors(5.0), [row, {}] * 7))
+    assert not any(stop for verdicts in apart for _, stop in verdicts) or stops_after == 1  # a lone breach isn't a trend
+
+
+def test_an_ordinary_run_is_left_alone() -> None:
+    monitors = Monitors(5.0)
+    for step in range(100):
+        values = {**FINE, "kl/policy_superior": 0.7 * 0.97**step + 0.02 * (-1) ** step, "response/truncated_share": 0.4 + 0.1 * (step % 2)}
+        assert monitors.after_step(values) == []
+        if step % 5 == 0:
+            better, verdicts = monitors.after_eval(step, {HELD_OUT_KL: 0.6 * 0.98**step})
+            assert better and verdicts == []
+
+
+def test_an_oscillating_kl_is_said() -> None:
+    swings = [{"kl/policy_superior": 1.0 if step % 2 else 0.2} for step in range(12)]
+    assert [("oscillation", False)] in rules(feed(Monitors(5.0), swings))
+
+
+def test_the_best_adapter_and_a_worsening_held_out_kl() -> None:
+    monitors = Monitors(5.0)
+    seen = [monitors.after_eval(step, {HELD_OUT_KL: kl}) for step, kl in enumerate((0.6, 0.4, 0.398, 0.45, 0.55, 0.6, 0.7))]
+    assert [better for better, _ in seen] == [True, True, False, False, False, False, False]  # 0.398 is within the noise of 0.4
+    assert (monitors.best_step, monitors.best_kl) == (1, 0.4)
+    assert rules([verdicts for _, verdicts in seen]) == [[], [], [], [], [], [("held-out", False)], [("held-out", True)]]
+    better, verdicts = monitors.after_eval(9, {HELD_OUT_KL: math.nan})
+    assert not better and verdicts[0].stop
+
+
+def test_convergence_stops_only_where_it_is_asked_for() -> None:
+    for asked in (False, True):
+        monitors = Monitors(5.0, until_converged=asked)
+        flat = [monitors.after_eval(step, {HELD_OUT_KL: kl})[1] for step, kl in enumerate((0.6, 0.3, 0.299, 0.301, 0.3))]
+        assert rules(flat) == [[], [], [], [], [("converged", True)] if asked else []]
+
+
+def test_damage_outside_the_domain_is_watched() -> None:
+    monitors = Monitors(5.0)
+    rows = [{"outside/repetition": 0.05, "outside/kl_policy_reference": 0.1}] * 3 + [
+        {"outside/repetition": 0.5, "outside/kl_policy_reference": 0.1}
+    ] * 3
+    seen = rules([monitors.after_eval(step, {HELD_OUT_KL: 0.5, **row})[1] for step, row in enumerate(rows)])
+    assert seen[2:] == [[], [("outside", False)], [], [("outside", True)]]
+
+
+def test_state_survives_json() -> None:
+    monitors = Monitors(5.0, until_converged=True)
+    assert Monitors.restore(json.loads(json.dumps(monitors.state()))) == monitors
+    feed(monitors, [{"policy/entropy": 0.1}] * 2)
+    monitors.after_eval(1, {HELD_OUT_KL: 0.5})
+    again = Monitors.restore(json.loads(json.dumps(monitors.state())))
+    assert again == monitors
+    assert rules([again.after_step({**FINE, "policy/entropy": 0.1})]) == [[("entropy", True)]]

@@ -1,0 +1,72 @@
+"""What a person sees: nothing a model wrote is obeyed, durations read well, progress without a terminal is plain lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+
+from rich.console import Console
+
+from iqlite.judges import tone, words
+from iqlite.monitors import Verdict
+from iqlite.records import StepMetrics
+from iqlite.terminal import TrainingView, clean, duration, facts, finish_the_step, table
+
+VALUES = {"reward/mean": -0.2, "kl/policy_superior": 0.3, "kl/policy_reference": 0.1, "time/tokens_per_s": 20.0, "memory/peak_gib": 2.5}
+
+
+def shown(width: int = 80, *, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=width, highlight=False, force_terminal=terminal, color_system=None), out
+
+
+def test_clean_text_has_no_controls_and_no_markup() -> None:
+    nasty = "a\x1b[31mred\x1b[0m\r\n\x07[bold]b[/bold]\u202ec\u2028d\x9b31m [link=http://x]e[/link]"
+    out, buffer = shown(200)
+    out.print(clean(nasty))
+    printed = buffer.getvalue().rstrip("\n")
+    assert all(c.isprintable() for c in printed)
+    assert "[bold]b[/bold]" in printed and "[link=http://x]e[/link]" in printed
+    assert clean("x" * 50, 10) == "x" * 9 + "…"
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 42, 89, 90, 3 * 60, 5399, 2 * 3600 + 300)] == ["0 s", "42 s", "89 s", "2 min", "3 min", "1 h 30 min", "2 h 05 min"]  # fmt: skip
+
+
+def test_progress_in_plain_lines_and_on_a_terminal() -> None:
+    for terminal in (False, True):
+        out, buffer = shown(200, terminal=terminal)
+        with TrainingView(out, 20) as view:
+            view.step(StepMetrics(1, VALUES), 20)
+            view.sample(1, "[why]?", "be\x1b[2Jcause")
+            view.verdict(1, Verdict("kl", "too far [from] here."))
+        text = buffer.getvalue()
+        assert "KL(π‖π̃) 0.300" in text and "20 tok/s" in text and "left" in text
+        assert "\x1b[2J" not in text and "[why]?" in text and "too far [from] here." in text
+        assert ("step 1/20" in text) == (not terminal)
+
+
+def test_tables_and_facts_escape_what_they_show() -> None:
+    out, buffer = shown()
+    facts(out, {"base": "[red]x[/red]", "run": "runs/[1]"})
+    out.print(table("t", ("a", "b"), [("x", "1")]))
+    assert "[red]x[/red]" in buffer.getvalue() and "runs/[1]" in buffer.getvalue()
+
+
+def test_the_first_interrupt_asks_and_the_handlers_come_back() -> None:
+    out, buffer = shown()
+    before = signal.getsignal(signal.SIGINT)
+    with finish_the_step(out) as interrupt:
+        assert not interrupt.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "finishing this step" in buffer.getvalue()
+
+
+def test_code_measures() -> None:
+    assert tone("What a lovely, wonderful day!") > 0.5 > -0.5 > tone("A terrible, miserable, hopeless day.")
+    assert tone("") == 0.0
+    assert words("  two   words\n") == 2
