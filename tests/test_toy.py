@@ -117,14 +117,17 @@ def test_the_policy_converges_to_the_known_optimum(task: tuple[Tensor, Tensor], 
     assert curve[-1][1] < bound
 
 
-def test_full_kl_needs_fewer_sampled_tokens_than_ppo(task: tuple[Tensor, Tensor]) -> None:
+def test_full_kl_needs_fewer_sampled_tokens_than_ppo(task: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     """PPO's learning rate and epochs are the best of a sweep; ours isn't tuned."""
     mine = inverse_q(task, "full-kl", 300, 0.1)
     sweep = {(rate, epochs): ppo(task, 300, rate, epochs) for rate in (0.03, 0.1) for epochs in (1, 4)}
     setting, best = min(sweep.items(), key=lambda item: (tokens_until_close(item[1]), item[1][-1][1]))
-    print(f"\nKL(π‖π̃) of whole responses by sampled tokens; PPO's best of {len(sweep)}: learning rate {setting[0]}, {setting[1]} epochs")
-    print(f"{'tokens':>8} {'full-kl':>10} {'PPO':>10}")
-    for at in (0, 4, 9, 19, 49, 99, 199, 299):
-        print(f"{mine[at][0]:>8} {mine[at][1]:>10.4f} {best[at][1]:>10.4f}")
-    print(f"until {CLOSE}: full-kl {tokens_until_close(mine)}, PPO {tokens_until_close(best)}")
+    with capsys.disabled():  # both curves in the test's output
+        print(
+            f"\nKL(π‖π̃) of whole responses by sampled tokens; PPO's best of {len(sweep)}: learning rate {setting[0]}, {setting[1]} epochs"
+        )
+        print(f"{'tokens':>8} {'full-kl':>10} {'PPO':>10}")
+        for at in (0, 4, 9, 19, 49, 99, 199, 299):
+            print(f"{mine[at][0]:>8} {mine[at][1]:>10.4f} {best[at][1]:>10.4f}")
+        print(f"until {CLOSE}: full-kl {tokens_until_close(mine)}, PPO {tokens_until_close(best)}")
     assert tokens_until_close(mine) < tokens_until_close(best)

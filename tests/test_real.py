@@ -1,0 +1,51 @@
+"""The demo's recipe on the real small model, NF4, through the command line, with few steps: it learns, and what it leaves is usable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from iqlite.base import locate
+from iqlite.gguf_files import EMBEDDED
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "cheerful-135m.toml"
+STEPS = 4
+
+
+def iqlite(*arguments: object) -> str:
+    done = subprocess.run([sys.executable, "-m", "iqlite", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.real
+def test_a_real_model_learns_the_described_tone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [f"train.steps={STEPS}", f"train.eval_every={STEPS}", "prompts.eval_count=8", "rollout.max_new_tokens=16", "train.warmup=0"]
+    out = iqlite("train", RECIPE, "--out", run, *(part for setting in settings for part in ("--set", setting)))
+    assert "nf4" in out and f"step {STEPS}/{STEPS}" in out
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert rows[1]["kl/policy_reference"] == 0.0
+    assert rows[-1]["eval/kl_policy_superior"] < 0.9 * rows[0]["eval/kl_policy_superior"]
+    result = json.loads(iqlite("compare", run, "--seeds", 1, "--prompts", 4, "--json"))
+    assert {m["name"] for m in result["measures"]} == {"base", "told (system turn)", "told (user turn)", "trained"}
+    assert all(m["answers"] == 4 and m["empty_share"] == 0 and m["example"] for m in result["measures"])
+
+    # without iqlite: the unquantised base and PEFT load the adapter, and it changes what the model says
+    folder = locate(EMBEDDED)
+    tokenizer, base = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "How was your day?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        before = base(prompt["input_ids"]).logits[0, -1].log_softmax(-1)
+        after = PeftModel.from_pretrained(base, str(run / "adapter"))(prompt["input_ids"]).logits[0, -1].log_softmax(-1)
+    assert float((after.exp() * (after - before)).sum()) > 1e-3
