@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 DEMO   := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: help demo test lint clean
 .DEFAULT_GOAL := help
 
 help:

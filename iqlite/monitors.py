@@ -64,8 +64,8 @@ class Monitors:
             self._rule("entropy", self._fell("policy/entropy", values, 0.1), "the policy's entropy has fallen below a tenth of its first value: it is collapsing", stop_after=PATIENCE),
             self._rule("repetition", self._grew("response/repetition", values, 2.0, above=0.25), "answers repeat themselves more and more", stop_after=PATIENCE),
             self._rule("truncated", self._grew("response/truncated_share", values, 1.5, above=0.5), "more and more answers run into rollout.max_new_tokens", stop_after=2 * PATIENCE),
-            self._rule("variance", self._grew("reward/variance", values, 10.0, above=1.0), "the variance of the reward has grown tenfold"),
-            self._rule("oscillation", self._oscillates(values["kl/policy_superior"]), "KL(policy‖superior) swings up and down from step to step; lower the learning rate"),
+            self._rule("variance", self._grew("reward/variance", values, 10.0, above=1.0), "the variance of the reward has grown tenfold", stop_after=2 * PATIENCE),
+            self._rule("oscillation", self._oscillates(values["kl/policy_superior"]), "KL(policy‖superior) swings up and down from step to step; lower the learning rate", stop_after=PATIENCE),
         ]  # fmt: skip
 
     def after_eval(self, step: int, values: dict[str, float]) -> tuple[bool, list[Verdict]]:
@@ -85,9 +85,10 @@ class Monitors:
                 warn_after=2,
             )
         ]
-        if "outside/repetition" in values:
-            self.history.setdefault("outside/repetition", []).append(values["outside/repetition"])
-            verdicts.append(self._rule("outside", self._grew("outside/repetition", values, 2.0, above=0.25) or values["outside/kl_policy_reference"] > self.max_kl_reference, "answers outside the domain are getting worse", stop_after=PATIENCE))  # fmt: skip
+        verdicts.append(self._rule("held-out answers", self._degraded("eval", values), "held-out answers repeat themselves or run into rollout.max_new_tokens more and more", stop_after=PATIENCE))  # fmt: skip
+        if "outside/kl_policy_reference" in values:
+            bad = self._degraded("outside", values) or values["outside/kl_policy_reference"] > self.max_kl_reference
+            verdicts.append(self._rule("outside", bad, "answers outside the domain are getting worse", stop_after=PATIENCE))
         if self.until_converged and self.since_best >= PATIENCE:
             verdicts.append(
                 Verdict("converged", f"converged: the held-out KL(policy‖superior) hasn't fallen since step {self.best_step}", stop=True)
@@ -124,6 +125,16 @@ class Monitors:
     def _grew(self, name: str, values: dict[str, float], times: float, above: float) -> bool:
         first = self._first(name)
         return first is not None and values[name] > above and values[name] > times * first
+
+    def _degraded(self, name: str, values: dict[str, float]) -> bool:
+        """Repetition or truncation of an evaluation's answers has grown well beyond what its first evaluations showed."""
+        if f"{name}/repetition" not in values:
+            return False
+        seen = {f"{name}/repetition": values[f"{name}/repetition"], f"{name}/truncated": 1.0 - values[f"{name}/ended_share"]}
+        worse = self._grew(f"{name}/repetition", seen, 2.0, above=0.25) or self._grew(f"{name}/truncated", seen, 1.5, above=0.5)
+        for key, value in seen.items():
+            self.history.setdefault(key, []).append(value)
+        return worse
 
     def _oscillates(self, kl: float) -> bool:
         """Eight changes in a row that turn each time, none of them small beside what the run began with (the loss's own sign and

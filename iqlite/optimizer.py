@@ -17,6 +17,7 @@ from iqlite.monitors import NO_GRADIENT
 from iqlite.policy import Policy
 
 BETAS = (0.9, 0.95)  # ours
+QUANTISED = "__bnb_optimizer_quant_state__"
 COSINE_FLOOR = 0.1  # share of the peak learning rate at the end; ours
 
 
@@ -46,7 +47,8 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: float, schedule
 def apply_update(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
     """One optimizer step from the accumulated gradients; returns their norm before clipping.
 
-    Skips the step if the norm isn't finite, or is rounding only: Adam would blow rounding up to steps of full size.
+    Skips the step if the norm isn't finite, or is rounding only: Adam would blow rounding up to steps of full size. Under float16 a
+    norm that isn't finite halves the loss scale, so that the next step has room.
     """
     parameters = list(policy.parameters.values())
     if policy.loss_scale != 1.0:
@@ -58,6 +60,8 @@ def apply_update(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, 
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    elif not math.isfinite(norm):
+        policy.loss_scale = max(1.0, policy.loss_scale / 2)
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -66,7 +70,9 @@ def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
     """(tensors, numbers), each keyed "parameter.name": the whole per-parameter state, in host memory."""
     tensors, numbers = {}, {}
     for index, entries in optimizer.state_dict()["state"].items():
-        for name, value in entries.items():
+        flat = dict(entries)
+        flat |= flat.pop(QUANTISED, {})  # bitsandbytes nests its 8-bit state for FSDP's sake; it loads the flat form too
+        for name, value in flat.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
             else:

@@ -45,12 +45,18 @@ class Policy:
             with _fitting(start, base):
                 self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
         self.model.peft_config[TRAINED].base_model_name_or_path = base.name
+        without_dropout(self.model)
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
         self._role: str | None = None
         if checkpointing:
             base.model.activation_checkpointing_enable({"use_reentrant": False})
         self.model.train()
+
+    @property
+    def rank(self) -> int:
+        """Rank of the trained LoRA; an adapter that was started from brings its own."""
+        return int(self.model.peft_config[TRAINED].r)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
@@ -141,6 +147,15 @@ class Policy:
             parameter.requires_grad_(name in self.parameters)
 
 
+def without_dropout(model: Any) -> None:
+    """Some bases (attention) and adapters drop units out while training: the policy that learns must be the one that answered."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
 def check_adapter(folder: Path, base: Base) -> None:
     """AdapterError unless `folder` holds a plain LoRA in safetensors that was made on this base."""
     config_file = folder / "adapter_config.json"
@@ -154,6 +169,8 @@ def check_adapter(folder: Path, base: Base) -> None:
         config = json.loads(config_file.read_text("utf-8"))
     except ValueError as error:
         raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
+    if "lm_head" in str(config.get("target_modules")):
+        raise AdapterError(f"{folder} adapts the LM head, which stays the base's here: train one on the other linear layers.")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("modules_to_save") or config.get("use_dora"):
         raise AdapterError(f"{folder} isn't a plain LoRA (bias, DoRA and modules_to_save change the base too): train a plain one.")
     made_on = Identity.read(folder)

@@ -45,8 +45,11 @@ class Chat:
 
     def __init__(self, tokenizer: Any, generation_eos: int | Sequence[int] | None = None):
         self.tokenizer = tokenizer
-        self.template = getattr(tokenizer, "chat_template", None) or DEFAULT_TEMPLATE
-        self.default_template = not getattr(tokenizer, "chat_template", None)
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict):  # some models ship several, by name
+            template = template.get("default")
+        self.template = template or DEFAULT_TEMPLATE
+        self.default_template = not template
         self.system_turn = self._takes_a_system_turn()
         self.stop_ids = self._stop_ids(generation_eos)
         self._bos = tokenizer.bos_token_id if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else None
@@ -149,6 +152,9 @@ def load_prompts(source: str | HubPrompts | Sequence[str | HubPrompts], *, besid
     sets = [_load_one(one, beside, key) for one in sources]
     notes = tuple(note for prompts in sets for note in prompts.notes)
     requests = list({json.dumps(request): request for prompts in sets for request in prompts.requests}.values())
+    again = sum(map(len, sets)) - len(requests)
+    if again:
+        notes += (f"{name_of(source)}: {again} prompt{'s' * (again > 1)} that stood in an earlier source skipped.",)
     if not requests:
         raise PromptsError(f'{key} = {name_of(source)} holds no usable prompt: give it rows like {{"prompt": "How do I boil an egg?"}}.')
     return Prompts(tuple(requests), notes)
@@ -280,15 +286,19 @@ def _lines(path: Path) -> Iterable[tuple[int, Any]]:
 
 def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
         rows = load_dataset(source.dataset, data_dir=source.folder, split=source.split)
-    except (OSError, DatasetNotFoundError):
+    except (OSError, DatasetNotFoundError) as error:
+        if "space" in str(error).lower():
+            raise PromptsError(
+                f"{key}: no space left on the disk that holds the data set {source.dataset!r}: free some, or set HF_HOME."
+            ) from None
         raise PromptsError(
             f"{key}: the data set {source.dataset!r} isn't in the local cache and the hub can't be reached, or has no such public data set: connect to the network, or name a local file."
         ) from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RuntimeError, DatasetsError) as error:
         raise PromptsError(
             f"{key}: the data set {source.dataset!r} can't be read ({str(error).splitlines()[0]}): check its split and folder."
         ) from None
@@ -301,11 +311,11 @@ def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
     return enumerate(rows, 1)
 
 
-def hold_back(prompts: Prompts, share: float = 0.1) -> tuple[Prompts, Prompts]:
+def hold_back(prompts: Prompts, key: str, share: float = 0.1) -> tuple[Prompts, Prompts]:
     """(train, held out): every tenth request held back, at least one, for recipes without `prompts.eval`."""
     every = max(2, round(1 / share))
     if len(prompts) < 2:
-        raise PromptsError("prompts.train holds one prompt only: give it more, or name prompts.eval.")
+        raise PromptsError(f"{key} holds one prompt only, and a tenth is held back: give it more, or name prompts.eval.")
     held = prompts.requests[every - 1 :: every] or prompts.requests[-1:]
     kept = [r for i, r in enumerate(prompts.requests[: len(prompts) - (len(prompts) < every)]) if (i + 1) % every]
     return replace(prompts, requests=tuple(kept)), Prompts(held)

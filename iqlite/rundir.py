@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tomllib
@@ -40,12 +41,13 @@ class RunDir:
     @classmethod
     def create(cls, path: Path, recipe: Recipe, environment: Mapping[str, Any], *, force: bool = False) -> RunDir:
         """Makes the folder with its recipe lock and environment; RunError if it can't be or exists without `force`."""
+        path = path.resolve() if path.is_dir() else path  # "." has no name to rename to
         run = cls(path)
         with _explained(path):
             if path.exists():
                 if not force:
                     raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
-                if path.is_dir() and any(path.iterdir()) and not (path / RECIPE).is_file():
+                if path.is_dir() and any(path.iterdir()) and not is_run(path):
                     raise RunError(f"{path} isn't a run directory, so --force won't delete it: name another --out.")
             making = cls(path.with_name(f".making-{path.name}"))
             shutil.rmtree(making.path, ignore_errors=True)
@@ -60,8 +62,8 @@ class RunDir:
     @classmethod
     def open(cls, path: Path) -> RunDir:
         """An existing run; RunError if the folder isn't one."""
-        if not (path / RECIPE).is_file():
-            raise RunError(f"{path} isn't a run directory (it has no {RECIPE}); name one, such as runs/cheerful-135m.")
+        if not is_run(path):
+            raise RunError(f"{path} isn't a run directory (it has no {RECIPE} and {ENVIRONMENT}); name one, such as runs/cheerful-135m.")
         return cls(path)
 
     @property
@@ -97,7 +99,7 @@ class RunDir:
 
     def add_metrics(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl."""
-        self._append(METRICS, {"step": metrics.step, **metrics.values})
+        self._append(METRICS, {"step": metrics.step, **json_numbers(metrics.values)})
 
     def add_sample(self, step: int, prompt: str, answer: str) -> None:
         """Appends one held-out answer to samples.jsonl."""
@@ -119,7 +121,7 @@ class RunDir:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """How the run ended: result.json is there once it has."""
-        self.write(RESULT, json.dumps(result, indent=2) + "\n")
+        self.write(RESULT, json.dumps(json_numbers(result), indent=2) + "\n")
 
     def save_folder(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Lets `write` fill a private folder, then puts it in `folder`'s place."""
@@ -183,6 +185,16 @@ class RunDir:
         os.replace(making, self.path / name)
 
 
+def json_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with null for what JSON has no number for: nan and the infinities."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def is_run(path: Path) -> bool:
+    """True if the folder is a run's: a user's own folder may hold a recipe.toml, but no environment beside it."""
+    return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
+
+
 def free_name(folder: Path, name: str) -> Path:
     """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, … that doesn't exist."""
     path, number = folder / name, 2
@@ -226,13 +238,17 @@ def locked(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What a disk can refuse, as one sentence."""
+    """What a disk can refuse, as one sentence. safetensors wraps the system's error in its own, which is no OSError."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             raise RunError(f"{path}: no space left on its disk: free some space, then go on with --resume.") from None
-        raise RunError(f"{path} can't be written ({error.strerror or error}): name another --out, or check the folder's rights.") from None
+        raise RunError(
+            f"{path} can't be written ({getattr(error, 'strerror', None) or error}): name another --out, or check the folder's rights."
+        ) from None
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

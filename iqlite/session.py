@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 
 from iqlite.base import Base, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
+from iqlite.errors import BaseError
 from iqlite.estimators import ESTIMATORS
+from iqlite.gguf_files import EMBEDDED
 from iqlite.hub import offline_without_network
 from iqlite.objectives import OBJECTIVES, kl
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
-from iqlite.recipe import Demonstration, Recipe, readings_of
+from iqlite.recipe import Demonstration, HubPrompts, Recipe, readings_of
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.rollout import Sampler, sample
 from iqlite.superior import Reading, read
@@ -135,12 +138,13 @@ def open_session(
 ) -> Session:
     """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written."""
     key = f"{recipe.path}: prompts."
-    offline_without_network()
+    if _asks_the_hub(recipe):
+        offline_without_network()
     train = load_prompts(recipe.prompts.train, beside=recipe.folder, key=key + "train")
     held_out = load_prompts(recipe.prompts.eval, beside=recipe.folder, key=key + "eval") if recipe.prompts.eval else None
     outside = load_prompts(recipe.prompts.outside, beside=recipe.folder, key=key + "outside") if recipe.prompts.outside else None
     if held_out is None:
-        train, held_out = hold_back(train)
+        train, held_out = hold_back(train, f"{key}train = {name_of(recipe.prompts.train)}")
     say(f"loading {recipe.model.base}")
     base = load_base(recipe.model.base, recipe.model.quantization, revision=recipe.model.revision, beside=recipe.folder)
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
@@ -160,6 +164,18 @@ def open_session(
     elif session.placement == "system" and not chat.system_turn:
         notes.append(f"{base.name}'s chat template takes no system turn: the description stands at the head of the first user turn.")
     return replace(session, notes=tuple(notes))
+
+
+@contextmanager
+def within_memory(recipe: Recipe) -> Iterator[None]:
+    """A card that is too small, as one sentence with the keys that help."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BaseError(
+            f"{recipe.path}: the card's memory is full; lower rollout.batch ({recipe.rollout.batch}), train.micro_batch ({recipe.train.micro_batch}), "
+            f"train.chunk_tokens ({recipe.train.chunk_tokens}) or rollout.max_new_tokens with --set, and start again with --force."
+        ) from None
 
 
 def environment(session: Session) -> dict[str, Any]:
@@ -201,6 +217,15 @@ def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     if superior.weights == "ema":
         policy.add_ema()
     return policy
+
+
+def _asks_the_hub(recipe: Recipe) -> bool:
+    """True if the base or a prompt set may have to be downloaded."""
+    sources = (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside)
+    flat = [one for source in sources if source for one in (source if isinstance(source, tuple) else (source,))]
+    base = recipe.model.base
+    local = base == EMBEDDED or ":" in base or any(path.exists() for path in (recipe.folder / Path(base).expanduser(), Path(base)))
+    return not local or any(isinstance(one, HubPrompts) for one in flat)
 
 
 def _room(recipe: Recipe, chat: Chat, base: Base) -> int:

@@ -54,12 +54,12 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
     monitors = Monitors(recipe.train.max_kl_reference, recipe.train.until_converged)
     first, monitors, why = _resume(session, run, optimizer, monitors)
 
-    if first == 1 and why is None:
+    if first == 0:  # nothing is there yet: what the untrained policy is like
         values, _ = evaluate(session, run, report, monitors, 0)
         run.add_metrics(StepMetrics(0, values))
         _checkpoint(session, run, optimizer, monitors, 0, None)
 
-    step = first - 1
+    step = max(0, first - 1)
     while step < total and why is None:
         step += 1
         clock = Clock(policy.device)
@@ -290,14 +290,16 @@ def _checkpoint(session: Session, run: RunDir, optimizer: Any, monitors: Monitor
     moments, numbers = state_of(optimizer)
     tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
     stopped = None if why in (None, "interrupted") else why
-    run.save_checkpoint(step, tensors, {"optimizer": numbers, "monitors": monitors.state(), "stopped": stopped})
+    run.save_checkpoint(
+        step, tensors, {"optimizer": numbers, "loss_scale": session.policy.loss_scale, "monitors": monitors.state(), "stopped": stopped}
+    )
 
 
 def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -> tuple[int, Monitors, str | None]:
-    """(first step to do, monitors, rule that had stopped the run) from the last checkpoint, or the beginning."""
+    """(first step to do, monitors, rule that had stopped the run) from the last checkpoint; step 0 is the look before any update."""
     found = run.load_checkpoint()
     if found is None:
-        return 1, monitors, None
+        return 0, monitors, None
     tensors, state = found
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -309,4 +311,5 @@ def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -
     if session.recipe.superior.weights == "ema":
         session.policy.load_state(part("ema."), "ema")
     load_state_of(optimizer, part("optimizer."), state["optimizer"])
+    session.policy.loss_scale = state["loss_scale"]
     return state["step"] + 1, Monitors.restore(state["monitors"]), state["stopped"]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tomli_w
 import torch
+from safetensors import SafetensorError
 
 from iqlite.cli import main
 from iqlite.policy import Policy
@@ -108,6 +110,31 @@ def changed(**tables: Any) -> Spoil:
     return lambda _, recipe, __: recipe(**tables)
 
 
+def not_text(folder: Path, recipe: Callable[..., Path], _: object) -> Path:
+    (folder / "train.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')  # Latin-1
+    return recipe()
+
+
+def gguf_of_another_architecture(folder: Path, recipe: Callable[..., Path], _: object) -> Path:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(folder / "phi.gguf", "phi3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return recipe(model={"base": "phi.gguf"})
+
+
+def adapter_on_the_head(folder: Path, recipe: Callable[..., Path], tiny: Callable[..., Path]) -> Path:
+    from iqlite.base import load_base
+
+    (folder / "headed").mkdir()
+    Policy(load_base(str(tiny()), "none"), rank=2, alpha=4.0, seed=0).save_adapter(folder / "headed")
+    config = json.loads((folder / "headed" / "adapter_config.json").read_text())
+    (folder / "headed" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "lm_head"]}))
+    return recipe(adapter={"start": "headed"})
+
+
 def not_toml(folder: Path, *_: object) -> Path:
     (folder / "recipe.toml").write_text("[model\nbase = 3", "utf-8")
     return folder / "recipe.toml"
@@ -123,8 +150,10 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "prompt file of another kind": (changed(prompts={"train": "recipe.toml"}), ["prompts.train", ".toml", ".jsonl"]),
     "empty prompt set": (prompts("\n\n"), ["recipe.toml", "prompts.train", "train.jsonl", "no usable prompt", '{"prompt"']),
     "all prompts malformed": (prompts('{"foo": 1}\n[]\n'), ["prompts.train", "2 malformed rows skipped (line 1, 2)"]),
-    "prompts not text": (prompts("\ud800".encode("utf-8", "surrogatepass").decode("latin-1")), ["prompts.train"]),
-    "all prompts exceed the context": (prompts(f"{LONG}\n", max_tokens=100), ["recipe.toml", "prompts.train", "train.jsonl", "prompts.max_tokens"]),
+    "prompts not text": (not_text, ["recipe.toml", "prompts.train", "train.jsonl", "mend the file"]),
+    "all prompts exceed max_tokens": (prompts(f"{LONG}\n", max_tokens=100), ["recipe.toml", "prompts.train", "train.jsonl", "prompts.max_tokens"]),
+    "all prompts exceed the context": (prompts(f"{LONG}\n", max_tokens=100_000), ["recipe.toml", "prompts.train", "train.jsonl", "context"]),
+    "one prompt only": (prompts('{"prompt": "why?"}\n', eval=None), ["recipe.toml", "prompts.train", "train.jsonl", "prompts.eval"]),
     "wanted equal to unwanted": (changed(behavior={"unwanted": "You are  kind."}), ["recipe.toml", "behavior", "You are kind.", "opposite"]),
     "unwanted missing": (changed(behavior={"unwanted": None}), ["behavior.unwanted", "prompted"]),
     "unknown estimator": (changed(superior={"estimator": "magic"}), ["superior.estimator", "magic", "contrastive"]),
@@ -133,6 +162,8 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "adapter of another base": (foreign_adapter, ["theirs", "other-base"]),
     "missing adapter": (changed(adapter={"start": "nothing"}), ["nothing", "adapter_config.json"]),
     "unreadable GGUF": (broken_gguf, ["broken.gguf", "can't be read", "download it again"]),
+    "GGUF of another architecture": (gguf_of_another_architecture, ["phi.gguf", "'phi3'", "isn't supported", "qwen2"]),
+    "adapter on the head": (adapter_on_the_head, ["headed", "LM head"]),
     "pickled weights only": (pickled_base, ["pickled", "pickled weights aren't loaded", "safetensors"]),
     "missing base": (changed(model={"base": "./nothing"}), ["./nothing", "no such file or folder"]),
     "hub model without network": (changed(model={"base": "allenai/OLMo-2-1124-7B-SFT"}), ["allenai/OLMo-2-1124-7B-SFT", "model.base"]),
@@ -198,15 +229,18 @@ def test_no_space_before_and_during_a_run(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, *arguments, **options)
 
-    monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(sys, "argv", ["iqlite", "train", "recipe.toml", "--out", "run"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    monkeypatch.setattr(Path, "write_text", write)
-    assert not list(Path("run/checkpoints").glob("step-*"))  # no half checkpoint
-    code, _, err = iqlite("train", "recipe.toml", "--out", "run", "--resume")
-    assert code == 0, err
+    def full_in_safetensors(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # its own kind of error
+
+    for where, name, fault in ((Path, "write_text", full), (safetensors.torch, "save_file", full_in_safetensors)):
+        monkeypatch.setattr(where, name, fault)
+        code, _, err = iqlite("train", "recipe.toml", "--out", "run", "--force")
+        assert code == 2 and "no space left" in err and err.count("\n") == 1
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        assert not list(Path("run/checkpoints").glob("step-*"))  # no half checkpoint
+        code, _, err = iqlite("train", "recipe.toml", "--out", "run", "--resume")
+        assert code == 0, err
 
 
 def test_a_whole_run_through_the_command_line(
@@ -231,6 +265,11 @@ def test_a_whole_run_through_the_command_line(
     (tmp_path / "precious" / "thesis.txt").write_text("mine")
     code, _, err = iqlite("train", "recipe.toml", "--out", "precious", "--force")
     assert code == 2 and "won't delete" in err and (tmp_path / "precious" / "thesis.txt").exists()
+    shutil.copy(tmp_path / "recipe.toml", tmp_path / "precious" / "recipe.toml")  # a recipe of the user's doesn't make it a run
+    code, _, err = iqlite("train", "recipe.toml", "--out", "precious", "--force")
+    assert code == 2 and "won't delete" in err and (tmp_path / "precious" / "thesis.txt").exists()
+    code, _, err = iqlite("compare", "precious")
+    assert code == 2 and "isn't a run directory" in err
     code, out, _ = iqlite("compare", "runs/recipe", "--seeds", "2")
     last = out.strip().splitlines()[-1]
     assert code == 0 and [part.split("=")[0] for part in last.split()] == ["tone", "base", "told", "trained"]

@@ -36,7 +36,7 @@ def rules(verdicts: list[list[Verdict]]) -> list[list[tuple[str, bool]]]:
         ("entropy", {"policy/entropy": 0.1}, 3),
         ("repetition", {"response/repetition": 0.4}, 3),
         ("truncated", {"response/truncated_share": 0.9}, 6),
-        ("variance", {"reward/variance": 50.0}, None),
+        ("variance", {"reward/variance": 50.0}, 6),
     ],
 )
 def test_a_rule_warns_once_then_stops(rule: str, row: dict[str, float], stops_after: int | None) -> None:
@@ -60,9 +60,22 @@ def test_an_ordinary_run_is_left_alone() -> None:
             assert better and verdicts == []
 
 
-def test_an_oscillating_kl_is_said() -> None:
+def test_an_oscillating_kl_warns_then_stops() -> None:
     swings = [{"kl/policy_superior": 1.0 if step % 2 else 0.2} for step in range(12)]
-    assert [("oscillation", False)] in rules(feed(Monitors(5.0), swings))
+    seen = rules(feed(Monitors(5.0), swings))
+    first = seen.index([("oscillation", False)])
+    assert seen[:first] == [[]] * first and seen[first + 2] == [("oscillation", True)]
+
+
+@pytest.mark.parametrize("name", ["eval", "outside"])
+@pytest.mark.parametrize("bad", [{"repetition": 0.5}, {"ended_share": 0.1}])
+def test_degrading_answers_stop_in_the_domain_and_outside(name: str, bad: dict[str, float]) -> None:
+    fine = {"repetition": 0.05, "ended_share": 0.6, "kl_policy_reference": 0.1}
+    rows = [fine] * 3 + [fine | bad] * 3
+    monitors = Monitors(5.0)
+    values = [{HELD_OUT_KL: 0.5, **{f"{name}/{key}": value for key, value in row.items()}} for row in rows]
+    rule = "held-out answers" if name == "eval" else "outside"
+    assert rules([monitors.after_eval(step, row)[1] for step, row in enumerate(values)])[2:] == [[], [(rule, False)], [], [(rule, True)]]
 
 
 def test_the_best_adapter_and_a_worsening_held_out_kl() -> None:
@@ -84,9 +97,7 @@ def test_convergence_stops_only_where_it_is_asked_for() -> None:
 
 def test_damage_outside_the_domain_is_watched() -> None:
     monitors = Monitors(5.0)
-    rows = [{"outside/repetition": 0.05, "outside/kl_policy_reference": 0.1}] * 3 + [
-        {"outside/repetition": 0.5, "outside/kl_policy_reference": 0.1}
-    ] * 3
+    rows = [{"outside/kl_policy_reference": 0.1}] * 3 + [{"outside/kl_policy_reference": 6.0}] * 3
     seen = rules([monitors.after_eval(step, {HELD_OUT_KL: 0.5, **row})[1] for step, row in enumerate(rows)])
     assert seen[2:] == [[], [("outside", False)], [], [("outside", True)]]
 

@@ -212,12 +212,12 @@ def test_over_long_requests_are_cut_from_the_left_and_counted() -> None:
 
 def test_a_tenth_is_held_back_where_no_eval_is_given() -> None:
     requests = tuple(({"role": "user", "content": str(n)},) for n in range(25))
-    train, held = hold_back(Prompts(requests))
+    train, held = hold_back(Prompts(requests), "prompts.train")
     assert len(held) == 2 and len(train) == 23 and not set(map(str, held.requests)) & set(map(str, train.requests))
-    train, held = hold_back(Prompts(requests[:2]))
+    train, held = hold_back(Prompts(requests[:2]), "prompts.train")
     assert (len(train), len(held)) == (1, 1)
     with pytest.raises(PromptsError, match="one prompt only"):
-        hold_back(Prompts(requests[:1]))
+        hold_back(Prompts(requests[:1]), "prompts.train")
 
 
 def test_text_of_an_answer_has_no_special_tokens() -> None:

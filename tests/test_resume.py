@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from safetensors.torch import load_file
 
 from iqlite.policy import Policy
@@ -128,3 +130,32 @@ def test_optimizer_state_comes_back_to_the_bit(make_session: Callable[..., Any],
     load_state_of(again, tensors, numbers)
     for before, after in zip(optimizer.state_dict()["state"].values(), again.state_dict()["state"].values(), strict=True):
         assert all(bytes(before[k].numpy().data) == bytes(after[k].numpy().data) for k in before)
+
+
+def test_an_8_bit_optimizer_resumes_exactly(make_session: Callable[..., Any], tmp_path: Path) -> None:
+    """CUDA's default optimizer; its state goes through a checkpoint's safetensors and JSON. Rank 64: smaller tensors stay in 32 bits."""
+    tables = {"adapter": {"rank": 64, "alpha": 64.0}, "train": {"steps": 4, "optimizer": "paged-adamw-8bit", "checkpoint_every": 2}}
+    runs = {}
+    for name in ("whole", "broken"):
+        session = make_session(**tables)
+        runs[name] = RunDir.create(tmp_path / name, session.recipe, environment(session))
+        if name == "broken":
+            train(session, runs[name], Silent(), lambda: len(runs["broken"].metrics()) == 3)
+            assert runs[name].last_step() == 2
+            tensors, state = runs[name].load_checkpoint() or ({}, {})
+            assert any(key.endswith(".state1") and value.dtype == torch.uint8 for key, value in tensors.items()) and state["optimizer"]
+            session = make_session(**tables)
+        train(session, runs[name], Silent())
+    assert record(runs["broken"].path) == record(runs["whole"].path)
+
+
+def test_a_kill_between_the_first_look_and_the_first_checkpoint_repeats_nothing(make_session: Callable[..., Any], tmp_path: Path) -> None:
+    whole, broken = make_session(), make_session()
+    run = RunDir.create(tmp_path / "whole", whole.recipe, environment(whole))
+    train(whole, run, Silent())
+    cut = RunDir.create(tmp_path / "broken", broken.recipe, environment(broken))
+    train(broken, cut, Silent(), lambda: True)
+    shutil.rmtree(cut.path / "checkpoints" / "step-000001")  # as if the kill had come before it was written
+    assert cut.last_step() == 0 and len(cut.metrics()) == 2
+    train(make_session(), cut, Silent())
+    assert record(cut.path) == record(run.path)

@@ -112,7 +112,6 @@ def test_ids_don_t_depend_on_how_the_batch_is_split(make_session: Callable[..., 
 def test_what_comes_after_the_end_is_masked(make_session: Callable[..., Session]) -> None:
     session = make_session(rollout={"max_new_tokens": 40})
     stop = tuple(range(0, 256, 3))  # a third of all bytes end a turn, so that rows end early and apart
-    session = replace(session, chat=session.chat)
     session.chat.stop_ids = stop
     rollout = session.answers("policy", session.train.requests, session.sampler("train"))
     assert len(set(rollout.mask_BT.sum(-1).tolist())) > 1

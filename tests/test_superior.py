@@ -104,11 +104,16 @@ def test_chunks_micro_batches_and_padding_change_nothing(make_session: Callable[
     assert all(torch.equal(narrow.values[name], wide.values[name]) for name in narrow.values)
 
 
-def test_left_padded_decoding_and_right_padded_scoring_agree(make_session: Callable[..., Session]) -> None:
-    """log π of greedy tokens is the largest of its row only if both put the same token at the same position."""
-    session = make_session(rollout={"max_new_tokens": 12})
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "cohere"])
+def test_left_padded_decoding_and_right_padded_scoring_agree(
+    architecture: str, make_session: Callable[..., Session], tiny: Callable[..., Path]
+) -> None:
+    """log π of greedy tokens is the largest of its row only if both put the same token at the same position. One prompt is longer than
+    Gemma-2's sliding window of 64 tokens here, the others are padded to it."""
+    session = make_session(rollout={"max_new_tokens": 12}, model={"base": str(tiny(architecture))})
     shake(session.policy)
-    rollout = session.answers("policy", REQUESTS, replace(session.sampler("train"), temperature=0.0))
+    requests = (*REQUESTS, ({"role": "user", "content": "how is that, and why, and for how long? " * 3},))
+    rollout = session.answers("policy", requests, replace(session.sampler("train"), temperature=0.0))
     scores = read(session.policy, session.chat, rollout, [Reading("policy", "policy")], rows=8)
     logits = session.policy.head(scores.hidden["policy"][rollout.mask_BT])
     assert torch.equal(logits.argmax(-1), rollout.tokens_BT[rollout.mask_BT])
@@ -178,12 +183,16 @@ def test_demonstrations_stand_before_the_request_in_every_description(make_sessi
 
 
 def test_the_ratio_is_exactly_one_at_the_first_update(make_session: Callable[..., Session]) -> None:
-    """With ρ = 1 the first policy-gradient loss is the plain mean of −Â, whatever the clip: compare clip 0 with a wide one."""
+    """With ρ = 1 the first policy-gradient loss is the plain mean of −Â, whatever the clip: compare a tiny one with a wide one, the
+    second with activation checkpointing."""
     from iqlite.train import rollout_advantages, update
 
     losses = []
     for clip in (1e-6, 0.5):
-        session = make_session(objective={"name": "policy-gradient", "clip": clip, "centre": False}, train={"micro_batch": 3})
+        session = make_session(
+            objective={"name": "policy-gradient", "clip": clip, "centre": False},
+            train={"micro_batch": 3, "checkpointing": "on" if clip > 0.1 else "off"},
+        )
         shake(session.policy)
         rollout = session.answers("policy", REQUESTS, session.sampler("train"))
         scores = read(session.policy, session.chat, rollout, session.readings, rows=8)
@@ -191,6 +200,7 @@ def test_the_ratio_is_exactly_one_at_the_first_update(make_session: Callable[...
         assert advantage is not None
         statistics, _ = update(session, torch.optim.SGD(list(session.policy.parameters.values()), 0.0), rollout, scores, 0.0)
         losses.append(statistics.means()["loss"])
+        assert (statistics.values["policy/ratio"] == 1.0).all()
         assert losses[-1] == pytest.approx(-float(advantage[rollout.mask_BT].mean()), rel=1e-6)
     assert losses[0] == losses[1] and math.isfinite(losses[0])
 

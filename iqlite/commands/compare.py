@@ -15,7 +15,7 @@ from iqlite.judges import tone, words
 from iqlite.prompts import Description
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
-from iqlite.session import Session, open_session
+from iqlite.session import Session, open_session, within_memory
 from iqlite.terminal import clean, table
 
 EXAMPLE = 400  # characters of an example answer
@@ -42,15 +42,15 @@ def run(
     """Answers, measures, prints, and writes compare.json into the run; returns the exit code."""
     run_dir = RunDir.open(run_path)
     recipe = run_dir.recipe()
-    session = open_session(
-        recipe, start=run_path / adapter, placement=run_dir.environment()["placement"], say=lambda text: console.print(f"[dim]{text}[/]")
-    )
+    placement = run_dir.environment()["placement"]
+    with within_memory(recipe):
+        session = open_session(recipe, start=run_path / adapter, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     session = replace(session, eval=replace(session.eval, requests=session.eval.requests[:prompts]))
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     told = told_descriptions(session)
     example = _example(session)
     measured = []
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with within_memory(recipe), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("answering", total=(2 + len(told)) * seeds * len(session.eval))
 
         def measure(name: str, role: str, description: Description | None = None) -> Measures:

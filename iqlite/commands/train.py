@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from iqlite.errors import RunError
 from iqlite.recipe import Recipe, load_recipe
-from iqlite.rundir import RunDir, check_space, free_name
-from iqlite.session import Session, environment, open_session
+from iqlite.rundir import RunDir, check_space, free_name, json_numbers
+from iqlite.session import Session, environment, open_session, within_memory
 from iqlite.terminal import TrainingView, duration, facts, finish_the_step
 from iqlite.train import Outcome, peak_gib, train
 
@@ -29,7 +29,8 @@ def run(
     path = out or (RUNS / recipe_path.stem if resume or force else free_name(RUNS, recipe_path.stem))
     existing = _existing(path, recipe_path, resume=resume, force=force)
     placement = existing.environment()["placement"] if existing else None
-    session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement)
+    with within_memory(recipe):
+        session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement)
     found = environment(session)
     parameters = sum(p.numel() for p in session.policy.parameters.values())
     check_space(path, ADAPTERS_ON_DISK * 4 * parameters)
@@ -41,14 +42,8 @@ def run(
     total = recipe.total_steps(len(session.train))
     facts(console, derived(recipe, session, path, total, parameters))
     first = run_dir.last_step() + 1
-    try:
-        with finish_the_step(console) as interrupt, TrainingView(console, total, first) as view:
-            outcome = train(session, run_dir, view, lambda: interrupt.asked)
-    except torch.OutOfMemoryError:
-        raise RunError(
-            f"{path}: the card's memory is full; lower rollout.batch ({recipe.rollout.batch}), train.micro_batch ({recipe.train.micro_batch}), "
-            f"train.chunk_tokens ({recipe.train.chunk_tokens}) or rollout.max_new_tokens with --set, and start again with --force."
-        ) from None
+    with within_memory(recipe), finish_the_step(console) as interrupt, TrainingView(console, total, first) as view:
+        outcome = train(session, run_dir, view, lambda: interrupt.asked)
     _conclude(console, run_dir, recipe_path, overrides, out, outcome, as_json=as_json)
     return INTERRUPTED if outcome.why == "interrupted" else 0
 
@@ -60,7 +55,7 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
     settings = ", ".join(f"{name} {value:g}" for name, value in superior.settings().items())
     return {
         "base": f"{base.name} ({base.quantization}, computed in {str(base.compute_dtype).removeprefix('torch.')} on {session.policy.device})",
-        "adapter": f"LoRA of rank {recipe.adapter.rank}, {parameters / 1e6:.1f} M parameters" + (f", from {recipe.adapter.start}" if recipe.adapter.start else ""),
+        "adapter": f"LoRA of rank {session.policy.rank}, {parameters / 1e6:.1f} M parameters" + (f", from {recipe.adapter.start}" if recipe.adapter.start else ""),
         "behaviour": next((r.description.text for r in session.readings if r.description), f"adapter {superior.adapter}"),
         "superior": f"{superior.estimator} ({settings}), read by the {superior.weights} weights",
         "objective": recipe.objective.name,
@@ -86,10 +81,11 @@ def _conclude(
     console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome, *, as_json: bool
 ) -> None:
     if as_json:
-        print(json.dumps({"run": str(run_dir.path), **vars(outcome)}))
+        print(json.dumps({"run": str(run_dir.path), **json_numbers(vars(outcome))}))
         return
     if outcome.why == "interrupted":
-        again = " ".join(["iqlite train", str(recipe_path), *(f"--set {o}" for o in overrides), f"--out {out or run_dir.path}", "--resume"])
+        settings = [part for override in overrides for part in ("--set", override)]
+        again = shlex.join(["iqlite", "train", str(recipe_path), *settings, "--out", str(out or run_dir.path), "--resume"])
         console.print(f"stopped after step {outcome.step} of {outcome.total}; go on with:  {again}", markup=False)
         return
     seconds = sum(line.get("time/step_s", 0.0) + line.get("time/eval_s", 0.0) for line in run_dir.metrics())

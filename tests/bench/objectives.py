@@ -19,7 +19,7 @@ from pathlib import Path
 
 from iqlite.judges import tone
 
-STEPS, EVERY, HELD_OUT = 20, 5, 24
+STEPS, EVERY, HELD_OUT = 20, 10, 24
 OUT = Path("runs/bench/objectives")
 
 

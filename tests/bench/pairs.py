@@ -22,7 +22,7 @@ from iqlite.session import Session, environment, open_session
 from iqlite.train import train
 
 OUT = Path("runs/bench/pairs")
-HELD_OUT = 12
+HELD_OUT = 8
 MIXTURE = (
     {"name": "cheerful", "weight": 0.7, "wanted": "You always answer in a warm, cheerful and encouraging tone.", "unwanted": "You always answer in a cold, gloomy and discouraging tone."},
     {"name": "concise", "weight": 0.3, "wanted": "You answer in one short sentence.", "unwanted": "You answer at great length, with many details and examples."},
@@ -45,7 +45,7 @@ def recipe_for(base: Recipe, estimator: str, objective: str, adapter: Path, step
     data["behavior"]["placement"] = "user"
     if estimator == "mixture":
         data["behavior"] = {"placement": "user", "mixture": list(MIXTURE)}
-    data["rollout"] |= {"prompts_per_step": 8, "max_new_tokens": 16}
+    data["rollout"] |= {"prompts_per_step": 4, "max_new_tokens": 16}
     data["train"] |= {"steps": steps, "eval_every": 1000, "checkpoint_every": 1000, "schedule": "constant"}
     data["prompts"]["eval_count"] = 1
     return parse_recipe(data, base.path)
