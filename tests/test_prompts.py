@@ -154,6 +154,14 @@ def test_every_format_gives_the_same_requests(suffix: str, tmp_path: Path) -> No
     assert prompts.notes == ()
 
 
+def test_of_several_named_templates_the_default_one_is_used() -> None:
+    tokenizer = make_tokenizer("llama3")
+    one = Chat(tokenizer).ids(HELLO)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ bos_token }}tools"}
+    several = Chat(tokenizer)
+    assert several.ids(HELLO) == one and not several.default_template
+
+
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     """Unicode has more line separators, which stand unescaped inside JSON strings."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "One\u2028and\u0085half?"}\r\n{"prompt": "Two?"}\n', "utf-8")
@@ -166,6 +174,7 @@ def test_several_sources_are_read_after_one_another_without_doubles(tmp_path: Pa
     (tmp_path / "b.txt").write_text("Two?\nSeven?\n", "utf-8")
     prompts = load_prompts(("a.txt", "b.txt"), beside=tmp_path, key="prompts.train")
     assert [request[-1]["content"] for request in prompts.requests] == [*FIVE, "Seven?"]
+    assert prompts.notes == ("'a.txt', 'b.txt': 1 prompt that stood in an earlier source skipped.",)
 
 
 def test_bad_rows_are_counted_with_their_line_numbers(tmp_path: Path) -> None:

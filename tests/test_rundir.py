@@ -36,6 +36,14 @@ def test_a_run_is_made_whole_and_never_overwritten(run: RunDir, make_recipe: Cal
         RunDir.create(tmp_path / "file" / "run", make_recipe(), ENVIRONMENT)
 
 
+def test_what_json_has_no_number_for_is_null(run: RunDir) -> None:
+    run.add_metrics(StepMetrics(1, {"loss": float("nan"), "policy/grad_norm": float("inf"), "reward/mean": -0.5}))
+    run.write_result({"best_kl": float("inf"), "why": "non-finite"})
+    for name in ("metrics.jsonl", "result.json"):
+        json.loads((run.path / name).read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
+    assert run.metrics() == [{"step": 1, "loss": None, "policy/grad_norm": None, "reward/mean": -0.5}]
+
+
 def test_free_names(tmp_path: Path) -> None:
     assert free_name(tmp_path, "a") == tmp_path / "a"
     for name in ("a", "a-2"):

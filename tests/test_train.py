@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from iqlite.estimators import ESTIMATORS
 from iqlite.objectives import OBJECTIVES
 from iqlite.optimizer import apply_update, learning_rate, make_optimizer
+from iqlite.policy import LOSS_SCALE_FLOAT16
 from iqlite.records import Prompts
 from iqlite.rundir import RunDir
 from iqlite.session import Session, environment
 from iqlite.train import Outcome, prompts_of_step, repetition, train
 from tests.bench.pairs import Silent
-from tests.test_policy import shake
+from tests.test_policy import gradients, shake, training_rollout
 
 
 def run_of(session: Session, path: Path) -> tuple[Outcome, RunDir]:
@@ -133,6 +134,51 @@ def test_float16_compute_scales_the_loss_and_not_the_step(make_session: Callable
             parameter.grad = torch.full_like(parameter, 0.25 * scale)
         norms.append(apply_update(policy, make_optimizer(policy, "adamw"), 1e-3, 1.0))
     assert norms[0] == norms[1]
+
+
+def test_float16_compute_learns_with_a_float32_adapter(
+    make_session: Callable[..., Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of cards without bfloat16, on a CPU: the same gradients as float32 to float16's precision, and a run that learns."""
+    tables: dict[str, Any] = {"train": {"steps": 20, "learning_rate": 1e-2, "eval_every": 20}, "rollout": {"max_new_tokens": 12}}
+    full = make_session(**tables)
+    rollout = training_rollout(full)
+    expected = gradients(full, rollout)
+    monkeypatch.setattr("iqlite.base.device_and_dtype", lambda: (torch.device("cpu"), torch.float16))
+    half = make_session(**tables)
+    assert half.policy.base.compute_dtype == torch.float16 and half.policy.loss_scale == LOSS_SCALE_FLOAT16
+    assert all(p.dtype == torch.float32 for p in half.policy.parameters.values())
+    found = gradients(half, rollout)
+    whole = torch.cat([g.flatten() for g in expected.values()])
+    apart = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
+    assert float(apart.norm()) < 0.03 * float(whole.norm())
+    fixed = half.answers("reference", half.train.requests, half.sampler("fixed"))
+    before = half.score(fixed).means()["kl/policy_superior"]
+    assert run_of(half, tmp_path / "run")[0].why == "finished"
+    assert half.score(fixed).means()["kl/policy_superior"] < 0.8 * before
+
+
+def test_an_overflow_under_float16_halves_the_loss_scale_and_a_resume_keeps_it(
+    make_session: Callable[..., Session], tmp_path: Path
+) -> None:
+    session = make_session(train={"steps": 1})
+    session.policy.loss_scale = 8.0
+    for parameter in session.policy.parameters.values():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    assert not math.isfinite(apply_update(session.policy, make_optimizer(session.policy, "adamw"), 1e-3, 1.0))
+    assert session.policy.loss_scale == 4.0
+    _, run = run_of(session, tmp_path / "run")
+    again = make_session(train={"steps": 1})
+    train(again, run, Silent())
+    assert again.policy.loss_scale == 4.0
+
+
+def test_a_base_s_dropout_is_off_in_the_update(make_session: Callable[..., Session], tiny: Callable[..., Path]) -> None:
+    """Some bases ship attention dropout: the policy that learns must be the one that answered, and a run must resume exactly."""
+    session = make_session(model={"base": str(tiny("granite", attention_dropout=0.5))})
+    rollout = training_rollout(session)
+    first, second = gradients(session, rollout), gradients(session, rollout)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_stop_leaves_the_best_adapter(make_session: Callable[..., Session], tmp_path: Path) -> None:

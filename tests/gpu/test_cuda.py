@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from iqlite.base import load_base
 from iqlite.optimizer import load_state_of, make_optimizer, state_of
+from iqlite.policy import Policy
 from iqlite.rundir import RunDir
 from iqlite.session import Session, environment
 from iqlite.superior import read
@@ -37,18 +40,29 @@ def test_a_whole_nf4_run(architecture: str, tiny: Callable[..., Path], make_sess
     assert all(torch.isfinite(value).all() for value in session.policy.state().values())
 
 
-def test_no_float32_base_tensor_above_a_megabyte(make_session: Callable[..., Session]) -> None:
-    session = make_session(model={"quantization": "nf4"})
+def test_no_float32_base_tensor_above_a_megabyte(make_session: Callable[..., Session], tiny: Callable[..., Path]) -> None:
+    wide = tiny(hidden_size=1024, intermediate_size=2048)
+    session = make_session(model={"base": str(wide), "quantization": "nf4"})
+    assert any(t.nbytes > 2**18 for _, t in tensors_of(session.policy.model))
     large = [n for n, t in tensors_of(session.policy.model) if t.dtype == torch.float32 and "lora" not in n and t.nbytes > 2**20]
     assert not large
     assert all(p.dtype == torch.float32 for p in session.policy.parameters.values())
 
 
-def test_adapters_off_is_the_bare_base_and_a_fresh_adapter_changes_nothing(make_session: Callable[..., Session]) -> None:
-    session = make_session(model={"quantization": "nf4"})
-    rollout = session.answers("policy", session.train.requests[:4], session.sampler("train"))
-    means = session.score(rollout).means()
-    assert means["kl/policy_reference"] == 0.0
+def test_adapters_off_is_the_bare_base_and_a_fresh_adapter_changes_nothing(tiny: Callable[..., Path]) -> None:
+    base = load_base(str(tiny()), "nf4")
+    ids = torch.arange(30, device="cuda").reshape(2, 15)
+    with torch.no_grad():
+        bare = base.model(input_ids=ids).logits.clone()
+    policy = Policy(base, rank=4, alpha=8.0, seed=0)
+    for shaken in (False, True):
+        if shaken:
+            for parameter in policy.parameters.values():
+                parameter.data.normal_(std=0.1)
+        with policy.acting_as("reference"):
+            assert torch.equal(policy.model(input_ids=ids).logits, bare)
+        with policy.acting_as("policy"):
+            assert torch.equal(policy.model(input_ids=ids).logits, bare) is not shaken
 
 
 def test_gradients_before_and_after_a_rollout_agree(make_session: Callable[..., Session]) -> None:
@@ -64,12 +78,15 @@ def test_gradients_before_and_after_a_rollout_agree(make_session: Callable[..., 
 
 
 def test_paged_optimizer_state_survives_a_checkpoint(make_session: Callable[..., Session]) -> None:
-    session = make_session(model={"quantization": "nf4"})
+    """Rank 1024 makes LoRA matrices of 65,536 to 131,072 elements: bitsandbytes pages a state from 100,000 on."""
+    session = make_session(model={"quantization": "nf4"}, adapter={"rank": 1024, "alpha": 8.0})
     rollout = session.answers("policy", session.train.requests[:4], session.sampler("train"))
     scores = read(session.policy, session.chat, rollout, session.readings, rows=4)
     optimizer = make_optimizer(session.policy, "paged-adamw-8bit")
     update(session, optimizer, rollout, scores, 1e-3)
     tensors, numbers = state_of(optimizer)
+    json.dumps(numbers)
+    assert any(value.dtype == torch.uint8 and value.numel() >= 100_000 for value in tensors.values())
     again = make_optimizer(session.policy, "paged-adamw-8bit")
     load_state_of(again, tensors, numbers)
     restored, restored_numbers = state_of(again)
