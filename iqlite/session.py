@@ -167,14 +167,14 @@ def open_session(
 
 
 @contextmanager
-def within_memory(recipe: Recipe) -> Iterator[None]:
-    """A card that is too small, as one sentence with the keys that help."""
+def within_memory(recipe: Recipe, how: str) -> Iterator[None]:
+    """A card that is too small, as one sentence with the keys that help and `how` to change them."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise BaseError(
             f"{recipe.path}: the card's memory is full; lower rollout.batch ({recipe.rollout.batch}), train.micro_batch ({recipe.train.micro_batch}), "
-            f"train.chunk_tokens ({recipe.train.chunk_tokens}) or rollout.max_new_tokens with --set, and start again with --force."
+            f"train.chunk_tokens ({recipe.train.chunk_tokens}) or rollout.max_new_tokens {how}."
         ) from None
 
 

@@ -43,14 +43,14 @@ def run(
     run_dir = RunDir.open(run_path)
     recipe = run_dir.recipe()
     placement = run_dir.environment()["placement"]
-    with within_memory(recipe):
+    with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=run_path / adapter, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     session = replace(session, eval=replace(session.eval, requests=session.eval.requests[:prompts]))
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     told = told_descriptions(session)
     example = _example(session)
     measured = []
-    with within_memory(recipe), Progress(console=console, disable=not console.is_terminal) as progress:
+    with within_memory(recipe, "in that file, and compare again"), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("answering", total=(2 + len(told)) * seeds * len(session.eval))
 
         def measure(name: str, role: str, description: Description | None = None) -> Measures:

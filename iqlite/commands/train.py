@@ -29,7 +29,7 @@ def run(
     path = out or (RUNS / recipe_path.stem if resume or force else free_name(RUNS, recipe_path.stem))
     existing = _existing(path, recipe_path, resume=resume, force=force)
     placement = existing.environment()["placement"] if existing else None
-    with within_memory(recipe):
+    with within_memory(recipe, "with --set, and start again with --force"):
         session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement)
     found = environment(session)
     parameters = sum(p.numel() for p in session.policy.parameters.values())
@@ -42,7 +42,11 @@ def run(
     total = recipe.total_steps(len(session.train))
     facts(console, derived(recipe, session, path, total, parameters))
     first = run_dir.last_step() + 1
-    with within_memory(recipe), finish_the_step(console) as interrupt, TrainingView(console, total, first) as view:
+    with (
+        within_memory(recipe, "with --set, and start again with --force"),
+        finish_the_step(console) as interrupt,
+        TrainingView(console, total, first) as view,
+    ):
         outcome = train(session, run_dir, view, lambda: interrupt.asked)
     _conclude(console, run_dir, recipe_path, overrides, out, outcome, as_json=as_json)
     return INTERRUPTED if outcome.why == "interrupted" else 0
