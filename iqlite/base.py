@@ -6,9 +6,12 @@ older cards, float32 on a CPU. No remote code, no pickled weights. This module w
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
 import os
+import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,6 +131,8 @@ def load_base(name: str, quantization: str = "nf4", *, revision: str | None = No
         raise BaseError(f"base {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again.")
     model.requires_grad_(False)
     train_on_any_cpu(model)
+    if quantization == "nf4":
+        let_go_of_files(model)
     return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, model))
 
 
@@ -167,6 +172,19 @@ def train_on_any_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def let_go_of_files(model: nn.Module) -> None:
+    """On a CPU, copies what still lies in the mapped weight file, so that the unquantised file doesn't stay resident beside the base.
+
+    It was 0.4 GiB for a base of 0.16; and glibc keeps what loading freed (0.2 to 0.4 GiB) until it's asked to give it back.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_bitsandbytes(device: torch.device) -> None:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iqlite.base import locate
 from iqlite.gguf_files import EMBEDDED
+from iqlite.rundir import RunDir
+from iqlite.session import open_session
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "cheerful-135m.toml"
 STEPS = 4
@@ -26,6 +28,13 @@ def iqlite(*arguments: object) -> str:
     return done.stdout
 
 
+def kl_on_fixed_answers(run: RunDir, start: Path | None) -> float:
+    """KL(policy‖superior) on the base's own answers, the same before and after: what the policy samples itself changes as it learns."""
+    session = open_session(run.recipe(), start=start, placement=run.environment()["placement"])
+    fixed = session.answers("reference", session.eval.requests[:8], session.sampler("fixed"))
+    return session.score(fixed).means()["kl/policy_superior"]
+
+
 @pytest.mark.real
 def test_a_real_model_learns_the_described_tone(tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -34,7 +43,9 @@ def test_a_real_model_learns_the_described_tone(tmp_path: Path) -> None:
     assert "nf4" in out and f"step {STEPS}/{STEPS}" in out
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert rows[1]["kl/policy_reference"] == 0.0
-    assert rows[-1]["eval/kl_policy_superior"] < 0.9 * rows[0]["eval/kl_policy_superior"]
+    assert [row["step"] for row in rows if "eval/kl_policy_superior" in row] == [0, STEPS]
+    before, after = (kl_on_fixed_answers(RunDir.open(run), start) for start in (None, run / "adapter"))
+    assert after < 0.8 * before
     result = json.loads(iqlite("compare", run, "--seeds", 1, "--prompts", 4, "--json"))
     assert {m["name"] for m in result["measures"]} == {"base", "told (system turn)", "told (user turn)", "trained"}
     assert all(m["answers"] == 4 and m["empty_share"] == 0 and m["example"] for m in result["measures"])
