@@ -185,9 +185,14 @@ def parse_request(value: Any) -> Messages | None:
     body = roles[1:] if roles[:1] == ["system"] else roles
     if not body or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(body)) or body[-1] != "user":
         return None
-    if not all(isinstance(turn["content"], str) for turn in turns):
+    if not all(isinstance(turn["content"], str) and _is_text(turn["content"]) for turn in turns):
         return None
     return tuple({"role": turn["role"], "content": turn["content"].strip()} for turn in turns)
+
+
+def _is_text(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell and no tokenizer can read."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _transcript(text: str) -> list[dict[str, str]]:
@@ -249,7 +254,7 @@ def _rows(source: str | HubPrompts, beside: Path, key: str) -> Iterable[tuple[in
         raise PromptsError(f"{key} = {source!r}: files ending in {path.suffix} can't be read; use .jsonl, .json, .csv, .parquet or .txt.")
     try:
         return list(readers[path.suffix.lower()](path))
-    except (OSError, ValueError, csv.Error) as error:  # UnicodeDecodeError and pyarrow's ArrowInvalid are ValueErrors
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and pyarrow's ArrowInvalid are ValueErrors
         raise PromptsError(f"{key} = {source!r} can't be read: {str(error).splitlines()[0]}; mend the file.") from None
 
 
@@ -258,7 +263,7 @@ def _jsonl(path: Path) -> Iterable[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield number, None
 
 

@@ -27,7 +27,7 @@ Text = Annotated[str, Field(min_length=1)]
 class Table(BaseModel):
     """A table of the recipe: frozen, no unknown keys, no coercion from strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Model(Table):
@@ -106,7 +106,7 @@ class PromptSets(Table):
 class Superior(Table):
     """`[superior]`: how the superior policy is estimated; the estimator's own settings stand here too."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
 
     estimator: str = Field("contrastive", description="Name of the estimator.")
     weights: Literal["base", "policy", "ema"] = Field("base", description="Which weights read the descriptions.")
@@ -124,7 +124,7 @@ class Superior(Table):
 class Objective(Table):
     """`[objective]`: what the update minimises; the objective's own settings stand here too."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
 
     name: str = Field("full-kl", description="Name of the objective.")
 
@@ -147,8 +147,8 @@ class Train(Table):
     """`[train]`: the loop and the optimizer."""
 
     steps: int | None = Field(None, ge=1, description="Steps to train; 20 if neither steps nor epochs is given.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the training prompts, instead of steps.")
-    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW.")
+    epochs: float | None = Field(None, gt=0, le=10_000, description="Passes over the training prompts, instead of steps.")
+    learning_rate: float = Field(3e-4, gt=0, le=1.0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="Learning rate after the warm-up: a cosine down to a tenth, or constant."
     )
@@ -163,7 +163,7 @@ class Train(Table):
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations in the backward pass; auto is on under CUDA."
     )
-    seed: int = Field(0, ge=0, description="Seed of the adapter, the data order and the sampling.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter, the data order and the sampling.")
     eval_every: int = Field(5, ge=1, description="Steps between evaluations on the held-out prompts.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints to resume from.")
     until_converged: bool = Field(False, description="Stop when the held-out KL(policy‖superior) no longer falls.")
@@ -288,7 +288,7 @@ def readings_of(estimator: str) -> tuple[str, ...]:
 
 
 LIMITS: dict[str, tuple[float, float]] = {
-    "strength": (0.0, math.inf), "clip": (0.0, math.inf), "plausibility": (0.0, 1.0), "gamma": (0.0, 1.0),
+    "strength": (0.0, 1000.0), "clip": (0.0, math.inf), "plausibility": (0.0, 1.0), "gamma": (0.0, 1.0),
 }  # fmt: skip
 """Inclusive ranges of settings by their name; a new setting without a line here may be any number."""
 

@@ -47,7 +47,7 @@ class RunDir:
             if path.exists():
                 if not force:
                     raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
-                if path.is_dir() and any(path.iterdir()) and not is_run(path):
+                if not path.is_dir() or (any(path.iterdir()) and not is_run(path)):
                     raise RunError(f"{path} isn't a run directory, so --force won't delete it: name another --out.")
             making = cls(path.with_name(f".making-{path.name}"))
             shutil.rmtree(making.path, ignore_errors=True)
@@ -55,7 +55,7 @@ class RunDir:
             making._write(ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
             making._write(RECIPE, tomli_w.dumps(locked(recipe)))
             if path.exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path)
             making.path.rename(path)  # a run directory is there whole or not at all
         return run
 

@@ -233,7 +233,12 @@ def _room(recipe: Recipe, chat: Chat, base: Base) -> int:
     hello: Messages = ({"role": "user", "content": "hello"},)
     plain = len(chat.ids(hello))
     longest = max(len(chat.ids(hello, r.description)) for r in readings(recipe, "system", "base")) - plain
-    return min(recipe.prompts.max_tokens, base.context - recipe.rollout.max_new_tokens - longest - READING_MARGIN)
+    left = base.context - recipe.rollout.max_new_tokens - longest - READING_MARGIN
+    if left < 1:
+        raise BaseError(
+            f"{recipe.path}: rollout.max_new_tokens = {recipe.rollout.max_new_tokens} and the descriptions ({longest} tokens) leave no room for a prompt in the base's context of {base.context} tokens; lower rollout.max_new_tokens."
+        )
+    return min(recipe.prompts.max_tokens, left)
 
 
 def _place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:

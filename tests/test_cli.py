@@ -145,6 +145,10 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "unknown key": (changed(train={"lerning_rate": 1.0}), ["recipe.toml", "train.lerning_rate", "learning_rate"]),
     "wrong type": (changed(rollout={"max_new_tokens": "many"}), ["recipe.toml", "rollout.max_new_tokens", "'many'", "integer"]),
     "negative learning rate": (changed(train={"learning_rate": -0.1}), ["recipe.toml", "train.learning_rate", "-0.1", "greater than 0"]),
+    "a rate that isn't finite": (changed(train={"learning_rate": float("inf")}), ["recipe.toml", "train.learning_rate", "finite"]),
+    "endless epochs": (changed(train={"steps": None, "epochs": 1e300}), ["recipe.toml", "train.epochs", "10000"]),
+    "no room for a prompt": (changed(rollout={"max_new_tokens": 100_000}), ["recipe.toml", "rollout.max_new_tokens", "100000", "lower"]),
+    "half a character": (prompts('{"prompt": "\\ud800"}\n'), ["prompts.train", "1 malformed row"]),
     "not TOML": (not_toml, ["recipe.toml", "TOML", "line 1"]),
     "missing prompt file": (changed(prompts={"train": "nowhere.jsonl"}), ["recipe.toml", "prompts.train", "nowhere.jsonl", "relative to the recipe"]),
     "prompt file of another kind": (changed(prompts={"train": "recipe.toml"}), ["prompts.train", ".toml", ".jsonl"]),
@@ -268,6 +272,10 @@ def test_a_whole_run_through_the_command_line(
     shutil.copy(tmp_path / "recipe.toml", tmp_path / "precious" / "recipe.toml")  # a recipe of the user's doesn't make it a run
     code, _, err = iqlite("train", "recipe.toml", "--out", "precious", "--force")
     assert code == 2 and "won't delete" in err and (tmp_path / "precious" / "thesis.txt").exists()
+    code, _, err = iqlite("train", "recipe.toml", "--out", "precious/thesis.txt", "--force")
+    assert code == 2 and "won't delete" in err and (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
+    code, _, err = iqlite("compare", "runs/recipe", "--adapter", "elsewhere")
+    assert code == 2 and "--adapter 'elsewhere'" in err
     code, _, err = iqlite("compare", "precious")
     assert code == 2 and "isn't a run directory" in err
     code, out, _ = iqlite("compare", "runs/recipe", "--seeds", "2")
@@ -294,6 +302,9 @@ def test_init_writes_a_recipe_that_trains_unchanged(
     assert files(tmp_path) == {"mine.toml", "prompts", "prompts/everyday.jsonl", "prompts/everyday-heldout.jsonl"}
     code, _, err = iqlite("init", "mine", *options)
     assert code == 2 and "exists already" in err
+    for name in ("", "..", "sub/", "two\nlines", "x" * 300):
+        code, _, err = iqlite("init", name, *options)
+        assert code == 2 and "isn't a name" in err and err.count("\n") == 1
     code, _, err = iqlite("init", "same", "--wanted", "Be kind.", "--unwanted", "Be kind.")
     assert code == 2 and "same.toml" in err and "say the same" in err and "same.toml" not in files(tmp_path)
     code, out, err = iqlite("train", "mine.toml", "--set", "train.steps=1", "--set", "prompts.eval_count=2")

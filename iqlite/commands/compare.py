@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from iqlite.errors import RunError
 from iqlite.judges import tone, words
 from iqlite.prompts import Description
 from iqlite.rollout import Sampler
@@ -41,6 +42,8 @@ def run(
 ) -> int:
     """Answers, measures, prints, and writes compare.json into the run; returns the exit code."""
     run_dir = RunDir.open(run_path)
+    if adapter not in ("adapter", "best"):
+        raise RunError(f"--adapter {adapter!r} isn't one of the run's: adapter (as training left it) or best.")
     recipe = run_dir.recipe()
     placement = run_dir.environment()["placement"]
     with within_memory(recipe, "in that file, and compare again"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -48,16 +49,19 @@ steps = 20                     # or epochs, one of them
 learning_rate = 3e-4
 seed = 0
 """
+LONGEST_NAME = 100
 PROMPTS = ("everyday.jsonl", "everyday-heldout.jsonl")
 
 
 def run(name: str, base: str, wanted: str, unwanted: str, *, tokens: int, force: bool, console: Console) -> int:
     """Writes NAME.toml and prompts/; nothing existing is replaced without `force`. Returns the exit code."""
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
+    if Path(name).name.strip(".") == "" or not name.isprintable() or name.endswith(("/", "\\")) or len(path.name) > LONGEST_NAME:
+        raise RecipeError(f"init {name[:LONGEST_NAME]!r} isn't a name for a recipe: give it a short one, such as kind.")
     if path.exists() and not force:
         raise RecipeError(f"{path} exists already: choose another name, or replace it with --force.")
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in {"base": base, "wanted": wanted, "unwanted": unwanted}.items()}
-    text = TEMPLATE.format(name=path.stem, file=path, tokens=tokens, **quoted)
+    text = TEMPLATE.format(name=path.stem, file=shlex.quote(str(path)), tokens=tokens, **quoted)
     making = path.with_name(f".making-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def run(name: str, base: str, wanted: str, unwanted: str, *, tokens: int, force:
         raise RecipeError(f"{path} can't be written ({error.strerror}): choose another folder.") from None
     finally:
         making.unlink(missing_ok=True)
-    console.print(f"wrote {path}\nnext:  iqlite train {path}", markup=False)
+    console.print(f"wrote {path}\nnext:  iqlite train {shlex.quote(str(path))}", markup=False)
     return 0
 
 

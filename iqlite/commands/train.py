@@ -60,7 +60,7 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
     return {
         "base": f"{base.name} ({base.quantization}, computed in {str(base.compute_dtype).removeprefix('torch.')} on {session.policy.device})",
         "adapter": f"LoRA of rank {session.policy.rank}, {parameters / 1e6:.1f} M parameters" + (f", from {recipe.adapter.start}" if recipe.adapter.start else ""),
-        "behaviour": next((r.description.text for r in session.readings if r.description), f"adapter {superior.adapter}"),
+        "behaviour": session.wanted.text if session.wanted else f"adapter {superior.adapter}",
         "superior": f"{superior.estimator} ({settings}), read by the {superior.weights} weights",
         "objective": recipe.objective.name,
         "prompts": f"{len(session.train)} to train on, {len(session.eval)} held out",
@@ -97,5 +97,7 @@ def _conclude(
     console.print(f"{ended} after {outcome.step} steps and {duration(seconds)}.", markup=False)
     best = "" if outcome.why == "finished" else " (the best one)"
     shown = {"adapter": f"{run_dir.adapter}{best}", "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
+    if not run_dir.best.is_dir():  # no evaluation was finite
+        del shown["best"]
     facts(console, shown)
-    console.print(f"next:  iqlite compare {run_dir.path}", markup=False)
+    console.print(f"next:  iqlite compare {shlex.quote(str(run_dir.path))}", markup=False)
