@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iqlite.base import SUPPORTED
 from iqlite.errors import BaseError
+from iqlite.linear import few_rows_product, is_few
 from iqlite.objectives import kl, of_tokens, token_reward
 from iqlite.records import Chunk
 
@@ -44,7 +46,9 @@ class Head:
 
     def __call__(self, hidden_nD: Tensor) -> Tensor:
         weight = self.linear.weight
-        logits_nV: Tensor = self.linear(hidden_nD.to(device=weight.device, dtype=weight.dtype)).float()
+        hidden_nD = hidden_nD.to(device=weight.device, dtype=weight.dtype)
+        product = few_rows_product if is_few(hidden_nD) else F.linear
+        logits_nV = product(hidden_nD, weight, self.linear.bias).float()
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale
         if self.soft_cap is not None:

@@ -7,7 +7,10 @@ Outside such a block the model is the policy, in training mode, with gradients i
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +20,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from iqlite.base import Base, Identity, first_line
 from iqlite.chunked import Head
 from iqlite.errors import AdapterError
+from iqlite.keyvalues import Prefix, Seen, before_rows
+from iqlite.linear import make_lean
 
 TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
 LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; ours
@@ -49,8 +55,12 @@ class Policy:
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
         self._role: str | None = None
+        self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
+        # A prefix stands further from padded rows than it seems, which a sliding window would notice.
+        self._window: float = getattr(base.model.config, "sliding_window", None) or math.inf
+        make_lean(self.model)
         if checkpointing:
-            base.model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(self.decoder)
         self.model.train()
 
     @property
@@ -82,22 +92,68 @@ class Policy:
             self.model.train()
             self._role = None
 
-    def hidden_states(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
+    def hidden_states(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int, shared: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
         """Last hidden states [B, width, D] (compute dtype, after the final norm) at the positions that predict the responses.
 
-        Sequences are padded on the right, where a causal model's real tokens can't see the padding, so no attention mask is
-        needed and position ids are 0, 1, 2, … in every row. Rows shorter than `width` end in zeros.
+        `shared` are the ids that each row's prompt begins with, as many other rows' do (empty for none): what they come to is computed
+        once and not for every row. Sequences are padded on the right, where a causal model's real tokens can't see the padding.
+        Rows shorter than `width` end in zeros.
         """
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        window = max(map(len, prompts)) + max(map(len, responses))
+        begun = self.begun(prompts, shared, longest=window)
+        rows = [[*p, *r][0 if start is None else len(start) :] for p, r, start in zip(prompts, responses, begun, strict=True)]
         longest = max(map(len, rows))
         ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+        cache = before_rows(begun)
+        if cache is None:
+            hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+        else:
+            done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
+            before = int(done_B.max())
+            real_BL = torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None]
+            hidden_BLD = self.decoder(
+                input_ids=ids_BL,
+                attention_mask=real_BL,
+                position_ids=done_B[:, None] + torch.arange(longest, device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         batch = []
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            at = len(prompt) - 1  # the state before the first response token
+            start = begun[row]
+            at = len(prompt) - (0 if start is None else len(start)) - 1  # the state before the first response token
             used = hidden_BLD[row, at : at + len(response)]
             batch.append(torch.nn.functional.pad(used, (0, 0, 0, width - len(response))))
         return torch.stack(batch)
+
+    def prefix(self, ids: Sequence[int]) -> Prefix:
+        """Keys and values of `ids` as the model reads them now; those of weights that don't move are kept for the whole run."""
+        key = (self._role or "", tuple(ids))
+        if key in self._prefixes:
+            return self._prefixes[key]
+        seen = Seen(len(self.decoder.layers))
+        self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=seen, use_cache=True)
+        made = Prefix.of(ids, seen)
+        if self._role not in (None, "policy", "ema"):
+            self._prefixes[key] = made
+        return made
+
+    def begun(self, prompts: Sequence[Sequence[int]], shared: Sequence[Sequence[int]], *, longest: int) -> list[Prefix | None]:
+        """The prefix that each row starts with, where sharing one saves work and changes nothing."""
+        uses = Counter(tuple(start) for start in shared)
+        moving = self._role in (None, "policy", "ema")
+        made: dict[tuple[int, ...], Prefix] = {}
+        begun: list[Prefix | None] = []
+        for prompt, start in zip(prompts, shared or [()] * len(prompts), strict=True):
+            ids = tuple(start)
+            starts = 0 < len(ids) < len(prompt) and tuple(prompt[: len(ids)]) == ids
+            shares = starts and longest <= self._window and (uses[ids] > 1 or not moving)
+            if shares and ids not in made:
+                made[ids] = self.prefix(ids)
+            begun.append(made[ids] if shares else None)
+        return begun
 
     def add_ema(self) -> None:
         """Adds the slow average, equal to the policy now."""
@@ -145,6 +201,21 @@ class Policy:
         self._named = dict(self.model.named_parameters())
         for name, parameter in self._named.items():
             parameter.requires_grad_(name in self.parameters)
+
+
+def recompute_layers(decoder: Any) -> None:
+    """Activation checkpointing: a layer's backward pass computes its activations again instead of keeping them.
+
+    transformers' own drops the cache that shared prefixes need.
+    """
+    for layer in decoder.layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def without_dropout(model: Any) -> None:

@@ -7,6 +7,7 @@ a turn, how requests become ids with exactly one BOS.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ DEFAULT_TEMPLATE = (
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "text", "chosen")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
+FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; ours
 NAMED_LINES = 5  # line numbers listed in a note before it says "and N more"
 
 
@@ -81,6 +83,14 @@ class Chat:
             at = next((i for i, token in enumerate(ids) if token != self._bos), len(ids))
             ids = [self._bos, *ids[at:]]
         return ids
+
+    @functools.cache  # noqa: B019 - a chat lives as long as its session
+    def shared(self, description: Description | None = None) -> tuple[int, ...]:
+        """Ids that requests under a description begin with, whatever the user asks; empty if they are too few to be worth sharing."""
+        asked: list[Messages] = [({"role": "user", "content": text},) for text in ("a", "Zoë?", "7 b")]
+        ids = [self.ids(request, description) for request in asked]
+        alike = next((n for n, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1), 0)  # zip stops at the shortest
+        return tuple(ids[0][:alike]) if alike >= FEW_SHARED else ()
 
     def render(self, turns: Messages, *, answer: bool) -> str:
         """The template's text of the turns; with `answer`, up to where the model's answer begins."""

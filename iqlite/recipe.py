@@ -22,6 +22,8 @@ from iqlite.objectives import OBJECTIVES
 
 Placement = Literal["auto", "system", "user"]
 Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
 
 
 class Table(BaseModel):
@@ -140,7 +142,7 @@ class Rollouts(Table):
     max_new_tokens: int = Field(64, ge=1, description="Longest answer, tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 is what the method's gradients assume.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus truncation; 1 truncates nothing.")
-    batch: int = Field(64, ge=1, description="Answers decoded at once; changes memory (the key/value cache), not the result.")
+    batch: Count | Auto = Field("auto", description="Answers decoded at once; auto is as many as memory has room for. Changes no result.")
 
 
 class Train(Table):
@@ -158,8 +160,10 @@ class Train(Table):
         "auto", description="auto is float32 AdamW on a CPU and paged 8-bit AdamW on CUDA."
     )
     updates_per_rollout: int = Field(1, ge=1, description="Updates made from each rollout.")
-    micro_batch: int = Field(8, ge=1, description="Sequences in one forward or backward pass; changes memory, not the result.")
-    chunk_tokens: int = Field(256, ge=1, description="Response tokens that pass the LM head at once; changes memory, not the result.")
+    batch_tokens: Count | Auto = Field(
+        "auto", description="Tokens in one forward or backward pass; auto is as many as memory has room for. Changes no result."
+    )
+    chunk_tokens: Count | Auto = Field("auto", description="Response tokens that pass the LM head at once. Changes no result.")
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations in the backward pass; auto is on under CUDA."
     )
@@ -360,7 +364,7 @@ def _explain(error: ValidationError) -> str:
     return f"{key} = {first['input']!r}: {message}" + (f" ({field.description})" if field is not None and field.description else ".")
 
 
-UNION_BRANCHES = ("HubPrompts", "str", "constrained-str")  # what pydantic calls the alternatives of `Source`
+UNION_BRANCHES = ("HubPrompts", "str", "constrained-str", "int", "constrained-int")  # what pydantic calls the alternatives of `Source`
 
 
 def _ended(sentence: str) -> str:

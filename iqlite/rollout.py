@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from iqlite.keyvalues import Decoding
 from iqlite.policy import Policy
 from iqlite.records import Messages, Rollout
+from iqlite.sizes import Sizes
 
+LEAVE_AT = 0.75  # rows that have ended leave when no more than this share of the batch is left: each time copies the cache
+CDF_BLOCK = 256  # tokens of a block in inverse-CDF sampling
 NUCLEUS_FIRST = 1024  # tokens looked at before the whole vocabulary is sorted
 
 
@@ -41,17 +44,26 @@ def sample(
     sampler: Sampler,
     *,
     step: int = 0,
-    rows: int = 64,
+    sizes: Sizes,
+    shared: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Answers to B prompts by `role`, `rows` at a time. `index` are the prompts' numbers; they and `step` key the noise."""
+    """Answers to B prompts by `role`, `sizes.rows` at a time. `index` are the prompts' numbers; they and `step` key the noise.
+
+    `shared` are ids that prompts may begin with; where all of a batch do, they are read once.
+    """
     tokens_BT = torch.zeros(len(prompt_ids), sampler.max_new_tokens, dtype=torch.long)
     # Prompts of like length decode together, longest first: the least padding, and the largest batch comes before the others.
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
     with policy.acting_as(role):
-        for start in range(0, len(order), rows):
-            part = order[start : start + rows]
-            tokens_BT[part] = _decode(policy, [prompt_ids[i] for i in part], [index[i] for i in part], stop_ids, sampler, step)
+        at = 0
+        while at < len(order):
+            part = order[at : at + sizes.rows]
+            with sizes.fitting("rows") as again:
+                tokens_BT[part] = _decode(policy, [prompt_ids[i] for i in part], [index[i] for i in part], stop_ids, sampler, step, shared)
+            if again:
+                continue
+            at += len(part)
             if progress is not None:
                 progress(len(part))
     mask_BT, ended_B = response_mask(tokens_BT, stop_ids)
@@ -73,7 +85,7 @@ def response_mask(tokens_BT: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, T
     return before_BT == 0, stops_BT.any(-1)
 
 
-def noise(seed: int, stream: str, step: int, index: Sequence[int], position: int) -> Tensor:
+def noise(seed: int, stream: str, step: int, index: Sequence[int] | np.ndarray, position: int) -> Tensor:
     """One uniform number in [0, 1) for each prompt index, float64 [B]: a hash (splitmix64) of its arguments, no state."""
     key = np.uint64(int.from_bytes(stream.encode()[:8], "little"))
     state = np.full(len(index), key, dtype=np.uint64)
@@ -87,12 +99,27 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
     """The token whose stretch of the cumulative distribution holds the uniform number: int64 [B] (inverse-CDF sampling)."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    probs_BV = (logits_BV.float() / temperature).softmax(-1).double()
+    probs_BV = (logits_BV.float() if temperature == 1 else logits_BV.float() / temperature).softmax(-1)
     if top_p < 1:
         probs_BV = probs_BV * (probs_BV >= _smallest_in_nucleus(probs_BV, top_p))
-    cumulative_BV = probs_BV.cumsum(-1)
-    at_B1 = uniform_B.to(logits_BV.device)[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, at_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    return _where_cumulative_exceeds(probs_BV, uniform_B.to(logits_BV.device))
+
+
+def _where_cumulative_exceeds(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """First token whose cumulative probability exceeds the uniform number's share of the whole; never one of probability 0.
+
+    Two levels, blocks and tokens of the one block, so that only those need float64.
+    """
+    rows = torch.arange(len(probs_BV), device=probs_BV.device)
+    blocks_BKb = torch.nn.functional.pad(probs_BV, (0, -probs_BV.shape[-1] % CDF_BLOCK)).view(len(probs_BV), -1, CDF_BLOCK)
+    cumulative_BK = blocks_BKb.sum(-1).double().cumsum(-1)
+    at_B1 = uniform_B[:, None] * cumulative_BK[:, -1:]
+    block_B = torch.searchsorted(cumulative_BK, at_B1, right=True)[:, 0].clamp(max=cumulative_BK.shape[-1] - 1)
+    before_B = torch.nn.functional.pad(cumulative_BK, (1, 0))[rows, block_B]
+    inside_Bb = blocks_BKb[rows, block_B].double().cumsum(-1)
+    short_B1 = torch.minimum(at_B1 - before_B[:, None], inside_Bb[:, -1:] * (1 - 1e-12))
+    inside_B = torch.searchsorted(inside_Bb, short_B1.clamp(min=0), right=True)[:, 0].clamp(max=CDF_BLOCK - 1)
+    return block_B * CDF_BLOCK + inside_B
 
 
 def _smallest_in_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
@@ -106,32 +133,56 @@ def _smallest_in_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
 
 
 def _decode(
-    policy: Policy, prompts: Sequence[Sequence[int]], index: Sequence[int], stop_ids: Sequence[int], sampler: Sampler, step: int
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    index: Sequence[int],
+    stop_ids: Sequence[int],
+    sampler: Sampler,
+    step: int,
+    shared: Sequence[int] = (),
 ) -> Tensor:
-    """Ids [b, max_new_tokens] of one batch, filled with a stop id behind the end of a row. Inside a role block."""
-    device, longest = policy.device, max(map(len, prompts))
+    """Ids [b, max_new_tokens] of one batch, filled with a stop id behind the end of a row. Inside a role block.
+
+    What all prompts begin with (`shared`) is read once for all rows; rows that have ended leave the batch.
+    """
+    device, new = policy.device, sampler.max_new_tokens
+    prefix = policy.begun(prompts, [shared] * len(prompts), longest=max(map(len, prompts)) + new)
+    start = prefix[0] if None not in prefix else None
+    done = 0 if start is None else len(start)
+    rest = [prompt[done:] for prompt in prompts]
+    longest = max(map(len, rest))
+    # Laid out as: prefix, padding, the rest of the prompt, what is sampled. Positions count real tokens only.
+    real_BL = torch.tensor([[1] * done + [0] * (longest - len(p)) + [1] * (len(p) + new) for p in rest], device=device)
+    ids_BL = torch.tensor([[stop_ids[0]] * (longest - len(p)) + list(p) for p in rest], device=device)
+    position_BL = (real_BL.cumsum(-1) - 1).clamp(min=0)[:, done : done + longest]
+    cache = Decoding(len(policy.decoder.layers), len(rest), done + longest + new, start)
     stop = torch.tensor(list(stop_ids), device=device)
-    attention_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    ids_BL = torch.tensor([[stop_ids[0]] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    position_BL = (attention_BL.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.base.model.config)
-    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    tokens = []
-    for position in range(sampler.max_new_tokens):
+    out_BT = torch.full((len(rest), new), stop_ids[0], device=device)
+    rows = torch.arange(len(rest), device=device)  # which rows are still being decoded
+    numbers = np.asarray(index, dtype=np.uint64)
+    for position in range(new):
         hidden_BLD = policy.decoder(
-            input_ids=ids_BL, attention_mask=attention_BL, position_ids=position_BL, past_key_values=cache, use_cache=True
+            input_ids=ids_BL,
+            attention_mask=real_BL[:, : done + longest + position],
+            position_ids=position_BL,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
-        uniform_B = noise(sampler.seed, sampler.stream, step, index, position)
+        uniform_B = noise(sampler.seed, sampler.stream, step, numbers, position)
         token_B = choose(policy.head(hidden_BLD[:, -1]), uniform_B, sampler.temperature, sampler.top_p)
-        token_B = torch.where(done_B, stop[0], token_B)
-        tokens.append(token_B)
-        done_B |= torch.isin(token_B, stop)
-        if bool(done_B.all()):
-            break
+        ended_B = torch.isin(out_BT[rows, position - 1], stop) if position else torch.zeros(len(rows), dtype=torch.bool, device=device)
+        token_B = torch.where(ended_B, stop[0], token_B)
+        out_BT[rows, position] = token_B
         ids_BL, position_BL = token_B[:, None], position_BL[:, -1:] + 1
-        attention_BL = torch.cat([attention_BL, torch.ones_like(ids_BL)], -1)
-    out_BT = torch.stack(tokens, -1).cpu()
-    return torch.nn.functional.pad(out_BT, (0, sampler.max_new_tokens - out_BT.shape[1]), value=stop_ids[0])
+        alive = ~torch.isin(token_B, stop)
+        left = int(alive.sum())
+        if left == 0:
+            break
+        if left <= LEAVE_AT * len(rows):
+            cache.keep(alive)
+            rows, real_BL, ids_BL, position_BL = rows[alive], real_BL[alive], ids_BL[alive], position_BL[alive]
+            numbers = numbers[alive.cpu().numpy()]
+    return out_BT.cpu()
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
 from iqlite.recipe import Demonstration, HubPrompts, Recipe, readings_of
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.rollout import Sampler, sample
+from iqlite.sizes import Sizes
 from iqlite.superior import Reading, read
 
 PLACEMENT_PROMPTS, PLACEMENT_TOKENS = 8, 16  # how much `placement = "auto"` reads both ways; ours
@@ -45,6 +46,7 @@ class Session:
     outside: Prompts | None
     placement: str
     notes: tuple[str, ...]
+    sizes: Sizes
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -94,18 +96,19 @@ class Session:
             self.chat.stop_ids,
             sampler,
             step=step,
-            rows=self.recipe.rollout.batch,
+            sizes=self.sizes,
+            shared=self.chat.shared(description),
             progress=progress,
         )
 
     def score(self, rollout: Rollout, *, weights: str | None = None) -> TokenStatistics:
         """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient."""
         which = self.readings if weights is None else readings(self.recipe, self.placement, weights)
-        train, mask_BT = self.recipe.train, rollout.mask_BT
-        scores = read(self.policy, self.chat, rollout, [*which, Reading("policy", "policy")], rows=train.micro_batch)
+        mask_BT = rollout.mask_BT
+        scores = read(self.policy, self.chat, rollout, [*which, Reading("policy", "policy")], self.sizes)
         hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
         return chunked_statistics(
-            self.policy.head, hidden.pop("policy"), rollout.tokens_BT[mask_BT], hidden, self.scoring, chunk_tokens=train.chunk_tokens
+            self.policy.head, hidden.pop("policy"), rollout.tokens_BT[mask_BT], hidden, self.scoring, chunk_tokens=self.sizes.chunk_tokens
         )
 
 
@@ -157,7 +160,9 @@ def open_session(
     held_out = chat.shorten(held_out, room, name_of(recipe.prompts.eval or recipe.prompts.train), key + "eval")
     outside = outside and chat.shorten(outside, room, name_of(recipe.prompts.outside or ""), key + "outside")
     notes += [note for prompts in (train, held_out, outside) if prompts for note in prompts.notes]
-    session = Session(recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, ())
+    session = Session(
+        recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes_for(recipe, base, say)
+    )
     if session.placement == "auto":
         session, note = _place(session, say)
         notes.append(note)
@@ -173,8 +178,7 @@ def within_memory(recipe: Recipe, how: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise BaseError(
-            f"{recipe.path}: the card's memory is full; lower rollout.batch ({recipe.rollout.batch}), train.micro_batch ({recipe.train.micro_batch}), "
-            f"train.chunk_tokens ({recipe.train.chunk_tokens}) or rollout.max_new_tokens {how}."
+            f"{recipe.path}: memory is full; lower rollout.max_new_tokens ({recipe.rollout.max_new_tokens}), prompts.max_tokens ({recipe.prompts.max_tokens}) or train.chunk_tokens {how}."
         ) from None
 
 
@@ -217,6 +221,18 @@ def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     if superior.weights == "ema":
         policy.add_ema()
     return policy
+
+
+def sizes_for(recipe: Recipe, base: Base, say: Callable[[str], None]) -> Sizes:
+    """The recipe's sizes, with what it leaves to us."""
+    rollout, train = recipe.rollout, recipe.train
+    return Sizes(
+        rows=64 if rollout.batch == "auto" else rollout.batch,
+        read_tokens=4096 if train.batch_tokens == "auto" else train.batch_tokens,
+        update_tokens=2048 if train.batch_tokens == "auto" else train.batch_tokens,
+        chunk_tokens=64 if train.chunk_tokens == "auto" else train.chunk_tokens,
+        say=say,
+    )
 
 
 def _asks_the_hub(recipe: Recipe) -> bool:
@@ -264,14 +280,14 @@ def _place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:
 def _moved(session: Session, rollout: Rollout, placement: str) -> float:
     """Mean KL(π⁺‖π_ref) over the rollout's tokens, nats; over all behaviours of a mixture."""
     which = [r for r in readings(session.recipe, placement, "base") if r.name == "reference" or r.name.startswith("wanted")]
-    scores = read(session.policy, session.chat, rollout, which, rows=session.recipe.train.micro_batch)
+    scores = read(session.policy, session.chat, rollout, which, session.sizes)
     head, total, count = session.policy.head, 0.0, 0
     with torch.no_grad():
         for name in scores.hidden:
             if name == "reference":
                 continue
             told_ND, plain_ND = (scores.hidden[n][rollout.mask_BT] for n in (name, "reference"))
-            for at in spans(len(told_ND), session.recipe.train.chunk_tokens):
+            for at in spans(len(told_ND), session.sizes.chunk_tokens):
                 total += float(kl(head(told_ND[at]).log_softmax(-1), head(plain_ND[at]).log_softmax(-1)).sum())
             count += len(told_ND)
     return total / count

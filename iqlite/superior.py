@@ -13,6 +13,7 @@ import torch
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description
 from iqlite.records import Rollout, SuperiorScores
+from iqlite.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,44 @@ class Reading:
     description: Description | None = None
 
 
-def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Reading], *, rows: int) -> SuperiorScores:
-    """Each reading's hidden states [B, T, D] at the response's positions, `rows` sequences a forward. METHOD's step 3."""
+def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Reading], sizes: Sizes) -> SuperiorScores:
+    """Each reading's hidden states [B, T, D] at the response's positions. METHOD's step 3.
+
+    Readings by the same weights share forwards of at most `sizes.read_tokens` tokens, longest rows first: each layer is dequantised once for all.
+    """
     width = rollout.tokens_BT.shape[1]
     responses = [rollout.response_ids(row) for row in range(len(rollout.index))]
-    hidden = {}
-    for reading in readings:
-        prompts = [chat.ids(request, reading.description) for request in rollout.requests]
-        parts = []
-        with policy.acting_as(reading.role):
-            for at in range(0, len(prompts), rows):
-                part = policy.hidden_states(prompts[at : at + rows], responses[at : at + rows], width)
-                parts.append(part.to("cpu"))  # host memory is the cheaper place to wait for the update
-        hidden[reading.name] = torch.cat(parts)
+    hidden: dict[str, torch.Tensor] = {}
+    for role in dict.fromkeys(reading.role for reading in readings):
+        jobs = [
+            (reading.name, row, chat.ids(request, reading.description), chat.shared(reading.description))
+            for reading in readings
+            if reading.role == role
+            for row, request in enumerate(rollout.requests)
+        ]
+        lengths = [len(prompt) + len(responses[row]) - len(start) for _, row, prompt, start in jobs]
+        with policy.acting_as(role):
+            left = list(range(len(jobs)))
+            while left:
+                part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
+                names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
+                with sizes.fitting("read_tokens") as again:
+                    states = policy.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
+                if again:
+                    continue
+                for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
+                    hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
+                left = [i for i in left if i not in set(part)]
     return SuperiorScores(hidden)
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Row numbers in batches of at most `tokens` tokens with padding (one row at least), longest first: what doesn't fit fails at once."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    made: list[list[int]] = []
+    for row in order:
+        if made and lengths[made[-1][0]] * (len(made[-1]) + 1) <= tokens:
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return made

@@ -24,7 +24,7 @@ from iqlite.optimizer import apply_update, learning_rate, load_state_of, make_op
 from iqlite.records import Prompts, Rollout, StepMetrics, SuperiorScores
 from iqlite.rundir import RunDir
 from iqlite.session import Session
-from iqlite.superior import read
+from iqlite.superior import batches, read
 
 
 class Reporter(Protocol):
@@ -70,7 +70,7 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
         clock.lap("rollout")
 
         # 3. read them under the reference, wanted and unwanted descriptions: what π̃ is made from
-        scores = read(policy, session.chat, rollout, session.readings, rows=recipe.train.micro_batch)
+        scores = read(policy, session.chat, rollout, session.readings, session.sizes)
         clock.lap("read")
 
         # 4. token rewards; 5. update the adapter by the objective
@@ -117,34 +117,45 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
     total_tokens = int(rollout.mask_BT.sum())
     assert total_tokens > 0, "no response tokens to train on"
     old_logp_BT, advantage_BT = rollout_advantages(session, rollout, scores)
-    first: list[TokenStatistics] = []
+    first: TokenStatistics | None = None
     norm = math.nan
-    for turn in range(recipe.train.updates_per_rollout):
-        for rows in micro_batches(rollout, recipe.train.micro_batch):
-            mask_bT = rollout.mask_BT[rows]
-            hidden_bTD = policy.hidden_states(
-                [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], mask_bT.shape[1]
-            )
-            loss, statistics = chunked_loss(
-                policy.head,
-                hidden_bTD[mask_bT.to(policy.device)],
-                rollout.tokens_BT[rows][mask_bT],
-                {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
-                session.scoring,
-                session.objective,
-                total_tokens=total_tokens,
-                chunk_tokens=recipe.train.chunk_tokens,
-                loss_scale=policy.loss_scale,
-                old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
-                advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            if turn == 0:
-                first.append(statistics)
+    for _ in range(recipe.train.updates_per_rollout):
+        again = [True]
+        while again:  # out of memory: the whole gradient once more, in smaller parts
+            optimizer.zero_grad(set_to_none=True)
+            parts: list[TokenStatistics] = []
+            with session.sizes.fitting("update_tokens") as again:
+                for rows in micro_batches(session, rollout):
+                    mask_bT = rollout.mask_BT[rows]
+                    loss, statistics = chunked_loss(
+                        policy.head,
+                        policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
+                        rollout.tokens_BT[rows][mask_bT],
+                        {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
+                        session.scoring,
+                        session.objective,
+                        total_tokens=total_tokens,
+                        chunk_tokens=session.sizes.chunk_tokens,
+                        loss_scale=policy.loss_scale,
+                        old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
+                        advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
+                    )
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    parts.append(statistics)
+        first = first or TokenStatistics.join(parts)
         norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
         if recipe.superior.weights == "ema":
             policy.update_ema(recipe.superior.ema_rate)
-    return TokenStatistics.join(first), norm
+    assert first is not None
+    return first, norm
+
+
+def policy_states(session: Session, rollout: Rollout, rows: list[int]) -> torch.Tensor:
+    """The policy's hidden states [b, T, D] at the response's positions of some rows; with a gradient outside role blocks."""
+    start = session.chat.shared()
+    return session.policy.hidden_states(
+        [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], rollout.mask_BT.shape[1], [start] * len(rows)
+    )
 
 
 def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScores) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -152,20 +163,18 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
 
     log π_old comes from the training forward with the same micro-batches, so that ρ is exactly 1 at the first update.
     """
-    settings, recipe, policy = session.recipe.objective.settings(), session.recipe, session.policy
+    settings, policy = session.recipe.objective.settings(), session.policy
     if "gamma" not in settings:
         return None, None
     logp_BT, reward_BT = torch.zeros(rollout.mask_BT.shape), torch.zeros(rollout.mask_BT.shape)
-    for rows in micro_batches(rollout, recipe.train.micro_batch):
+    for rows in micro_batches(session, rollout):
         mask_bT = rollout.mask_BT[rows]
         with policy.acting_as("policy"):
-            hidden_bTD = policy.hidden_states(
-                [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], mask_bT.shape[1]
-            )
+            hidden_bTD = policy_states(session, rollout, rows)
         hidden = {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()}
         values = chunked_statistics(
             policy.head, hidden_bTD[mask_bT.to(policy.device)], rollout.tokens_BT[rows][mask_bT], hidden, session.scoring,
-            chunk_tokens=recipe.train.chunk_tokens,
+            chunk_tokens=session.sizes.chunk_tokens,
         ).values  # fmt: skip
         for target_BT, name in ((logp_BT, "logp"), (reward_BT, "reward")):
             part_bT = torch.zeros(mask_bT.shape)
@@ -174,11 +183,11 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
     return logp_BT, advantages(reward_BT, rollout.mask_BT, gamma=float(settings["gamma"]), centre=bool(settings["centre"]))
 
 
-def micro_batches(rollout: Rollout, size: int) -> list[list[int]]:
-    """Row numbers, `size` at a time, longest sequences first: the least padding, and a batch that doesn't fit fails at once."""
-    length = [len(prompt) + int(mask_T.sum()) for prompt, mask_T in zip(rollout.prompt_ids, rollout.mask_BT, strict=True)]
-    order = sorted(range(len(length)), key=lambda row: -length[row])
-    return [order[at : at + size] for at in range(0, len(order), size)]
+def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:
+    """Row numbers in batches of at most `sizes.update_tokens` tokens, longest rows first."""
+    shared = len(session.chat.shared())
+    length = [len(prompt) + int(mask_T.sum()) - shared for prompt, mask_T in zip(rollout.prompt_ids, rollout.mask_BT, strict=True)]
+    return batches(length, session.sizes.update_tokens)
 
 
 def prompts_of_step(prompts: Prompts, step: int, count: int, seed: int) -> list[int]:

@@ -343,4 +343,4 @@ def test_out_of_memory_is_one_sentence(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", full)  # where the optimizer's state first needs memory
     code, _, err = iqlite("train", recipe(), "--out", "run")
-    assert code == 2 and "memory is full" in err and "train.micro_batch" in err and err.count("\n") == 1
+    assert code == 2 and "memory is full" in err and "rollout.max_new_tokens" in err and err.count("\n") == 1

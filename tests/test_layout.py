@@ -14,7 +14,7 @@ LEVELS = (
     ("errors", "records"),
     ("hub", "estimators", "objectives"),
     ("recipe", "gguf_files"),
-    ("rundir", "prompts", "monitors", "base", "judges"),
+    ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes"),
     ("chunked", "terminal"),
     ("policy",),
     ("rollout", "optimizer"),

@@ -36,7 +36,7 @@ def test_gradients_are_those_of_the_same_weights_dequantised(make_session: Calla
     assert len(weights) == 14  # seven linear layers in each of two blocks; head and embeddings stay
     assert all(module.weight.quant_state.nested for module in quantised.policy.model.modules() if isinstance(module, bnb.nn.Linear4bit))
     rollout = training_rollout(quantised)
-    other = gradients(plain, rollout)
+    other = gradients(make_session(train=WHOLE), rollout)
     for name, weight in weights.items():
         plain.policy.model.get_submodule(name).weight.data = weight
     found, expected = gradients(quantised, rollout), gradients(plain, rollout)
@@ -74,7 +74,7 @@ def test_a_whole_nf4_run(architecture: str, tiny: Callable[..., Path], make_sess
     assert train(session, run, Silent()).why == "finished"
     after = session.score(fixed).means()["kl/policy_superior"]
     assert after < 0.8 * before
-    assert run.metrics()[1]["kl/policy_reference"] == 0.0  # a fresh adapter is the reference
+    assert abs(run.metrics()[1]["kl/policy_reference"]) < 1e-7  # a fresh adapter is the reference
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 

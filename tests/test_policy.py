@@ -41,7 +41,7 @@ def logits_as(policy: Policy, role: str) -> Tensor:
 def gradients(session: Session, rollout: Rollout) -> dict[str, Tensor]:
     """One update's gradients: what plain gradient descent at rate 1 takes away."""
     policy = session.policy
-    scores = read(policy, session.chat, rollout, session.readings, rows=session.recipe.train.micro_batch)
+    scores = read(policy, session.chat, rollout, session.readings, session.sizes)
     before = policy.state()
     update(session, torch.optim.SGD(list(policy.parameters.values()), 1.0), rollout, scores, 1.0)
     after = policy.state()
@@ -94,7 +94,7 @@ def test_every_lora_b_learns_and_nothing_else(make_session: Callable[..., Sessio
     policy = session.policy
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if name not in policy.parameters}
     rollout = training_rollout(session)
-    scores = read(policy, session.chat, rollout, session.readings, rows=8)
+    scores = read(policy, session.chat, rollout, session.readings, session.sizes)
     optimizer = torch.optim.SGD(list(policy.parameters.values()), 1.0)
     update(session, optimizer, rollout, scores, 1.0)
     for name, parameter in policy.parameters.items():
@@ -114,16 +114,16 @@ def test_every_lora_b_learns_and_nothing_else(make_session: Callable[..., Sessio
 
 
 def test_checkpointing_and_micro_batches_don_t_change_the_gradients(make_session: Callable[..., Session]) -> None:
-    wide = {"max_grad_norm": 1e9, "micro_batch": 8}
+    wide = {"max_grad_norm": 1e9, "batch_tokens": 4096}
     session = make_session(train=wide)
     rollout = training_rollout(session)
     plain = gradients(session, rollout)
     assert sum(float(g.abs().sum()) for g in plain.values()) > 0
     for other in (
         {"checkpointing": "on"},
-        {"micro_batch": 1},
-        {"micro_batch": 3, "chunk_tokens": 2},
-        {"checkpointing": "on", "micro_batch": 2},
+        {"batch_tokens": 1},
+        {"batch_tokens": 150, "chunk_tokens": 2},
+        {"checkpointing": "on", "batch_tokens": 100},
     ):
         found = gradients(make_session(train=wide | other), rollout)
         assert all(torch.allclose(found[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain), other

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from iqlite.prompts import Description
 from iqlite.records import Rollout
 from iqlite.session import Session
-from iqlite.superior import Reading, read
-from iqlite.train import micro_batches
+from iqlite.superior import Reading, batches, read
 from tests import oracle
 from tests.test_policy import shake, training_rollout
 
@@ -44,7 +43,7 @@ def test_rewards_are_the_oracle_s_on_plain_transformers_logits(
         model={"base": str(folder)},
         behavior={"wanted": wanted, "unwanted": unwanted, "placement": placement},
         rollout={"max_new_tokens": 9},
-        train={"micro_batch": 3, "chunk_tokens": 5},
+        train={"batch_tokens": 150, "chunk_tokens": 5},
     )
     shake(session.policy)
     rollout = session.answers("policy", REQUESTS, session.sampler("train"))
@@ -91,7 +90,7 @@ def test_chunks_micro_batches_and_padding_change_nothing(make_session: Callable[
     session = make_session(rollout={"max_new_tokens": 9})
     shake(session.policy)
     rollout = session.answers("policy", REQUESTS, session.sampler("train"))
-    for train in ({"micro_batch": 1}, {"micro_batch": 3}, {"chunk_tokens": 1}, {"chunk_tokens": 7, "micro_batch": 2}):
+    for train in ({"batch_tokens": 1}, {"batch_tokens": 150}, {"chunk_tokens": 1}, {"chunk_tokens": 7, "batch_tokens": 100}):
         other = make_session(rollout={"max_new_tokens": 9}, train=train)
         shake(other.policy)
         assert tensors_close(rollout, session, other) < 1e-4, train
@@ -114,7 +113,7 @@ def test_left_padded_decoding_and_right_padded_scoring_agree(
     shake(session.policy)
     requests = (*REQUESTS, ({"role": "user", "content": "how is that, and why, and for how long? " * 3},))
     rollout = session.answers("policy", requests, replace(session.sampler("train"), temperature=0.0))
-    scores = read(session.policy, session.chat, rollout, [Reading("policy", "policy")], rows=8)
+    scores = read(session.policy, session.chat, rollout, [Reading("policy", "policy")], session.sizes)
     logits = session.policy.head(scores.hidden["policy"][rollout.mask_BT])
     assert torch.equal(logits.argmax(-1), rollout.tokens_BT[rollout.mask_BT])
 
@@ -144,7 +143,7 @@ def test_without_a_contrast_the_superior_policy_is_the_reference(
     session = make_session(**tables)
     rollout = training_rollout(session)
     which = [replace(r, description=same) if r.description and estimator == "contrastive" else r for r in session.readings]
-    scores = read(session.policy, session.chat, rollout, which, rows=8)
+    scores = read(session.policy, session.chat, rollout, which, session.sizes)
     hidden = {name: states[rollout.mask_BT] for name, states in scores.hidden.items()}
     if estimator == "contrastive":
         assert torch.equal(hidden["wanted"], hidden["unwanted"])
@@ -162,12 +161,14 @@ def test_readings_under_the_base_s_and_the_policy_s_weights(make_session: Callab
         if weights == "base":
             rollout = training_rollout(session)
         shake(session.policy)
-        hidden[weights] = read(session.policy, session.chat, rollout, session.readings, rows=8).hidden
+        hidden[weights] = read(session.policy, session.chat, rollout, session.readings, session.sizes).hidden
         described = Reading("told", "policy", session.wanted)
-        policy_s = read(session.policy, session.chat, rollout, [described], rows=8).hidden["told"]
-        assert torch.equal(hidden[weights]["wanted"], policy_s) == (weights == "policy")
-    assert torch.equal(hidden["base"]["reference"], hidden["policy"]["reference"])
-    assert torch.equal(hidden["base"]["wanted"], hidden["ema"]["wanted"])  # an average that hasn't moved is the start: the base
+        policy_s = read(session.policy, session.chat, rollout, [described], session.sizes).hidden["told"]
+        assert torch.allclose(hidden[weights]["wanted"], policy_s, atol=1e-4) == (weights == "policy")
+    assert torch.allclose(hidden["base"]["reference"], hidden["policy"]["reference"], atol=1e-5)
+    assert torch.allclose(
+        hidden["base"]["wanted"], hidden["ema"]["wanted"], atol=1e-5
+    )  # an average that hasn't moved is the start: the base
     assert not torch.allclose(hidden["base"]["wanted"], hidden["policy"]["wanted"], atol=1e-3)
 
 
@@ -191,11 +192,11 @@ def test_the_ratio_is_exactly_one_at_the_first_update(make_session: Callable[...
     for clip in (1e-6, 0.5):
         session = make_session(
             objective={"name": "policy-gradient", "clip": clip, "centre": False},
-            train={"micro_batch": 3, "checkpointing": "on" if clip > 0.1 else "off"},
+            train={"batch_tokens": 150, "checkpointing": "on" if clip > 0.1 else "off"},
         )
         shake(session.policy)
         rollout = session.answers("policy", REQUESTS, session.sampler("train"))
-        scores = read(session.policy, session.chat, rollout, session.readings, rows=8)
+        scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
         _, advantage = rollout_advantages(session, rollout, scores)
         assert advantage is not None
         statistics, _ = update(session, torch.optim.SGD(list(session.policy.parameters.values()), 0.0), rollout, scores, 0.0)
@@ -205,10 +206,10 @@ def test_the_ratio_is_exactly_one_at_the_first_update(make_session: Callable[...
     assert losses[0] == losses[1] and math.isfinite(losses[0])
 
 
-def test_micro_batches_hold_every_row_once_longest_first(make_session: Callable[..., Session]) -> None:
-    session = make_session()
-    rollout = session.answers("policy", REQUESTS, session.sampler("train"))
-    parts = micro_batches(rollout, 3)
-    assert sorted(row for part in parts for row in part) == [0, 1, 2, 3]
-    lengths = [len(rollout.prompt_ids[row]) + len(rollout.response_ids(row)) for part in parts for row in part]
-    assert lengths == sorted(lengths, reverse=True)
+def test_batches_hold_every_row_once_longest_first_within_the_budget() -> None:
+    lengths = [5, 40, 12, 12, 3, 90]
+    parts = batches(lengths, 48)
+    assert sorted(row for part in parts for row in part) == list(range(6))
+    assert [lengths[row] for part in parts for row in part] == sorted(lengths, reverse=True)
+    assert all(len(part) == 1 or max(lengths[row] for row in part) * len(part) <= 48 for part in parts)
+    assert len(parts) == 3

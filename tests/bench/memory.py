@@ -72,7 +72,7 @@ def main() -> None:
         reverse=True,
     )
     rollout = session.answers("policy", session.train.requests[:8], session.sampler("train"))
-    scores = read(session.policy, session.chat, rollout, session.readings, rows=8)
+    scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
     update(session, make_optimizer(session.policy, "auto"), rollout, scores, 1e-4)
     mib = 2**20
     print(

@@ -68,7 +68,7 @@ def test_adapters_off_is_the_bare_base_and_a_fresh_adapter_changes_nothing(tiny:
 def test_gradients_before_and_after_a_rollout_agree(make_session: Callable[..., Session]) -> None:
     session = make_session(model={"quantization": "nf4"}, train={"checkpointing": "on"})
     rollout = session.answers("reference", session.train.requests[:4], session.sampler("train"))
-    scores = read(session.policy, session.chat, rollout, session.readings, rows=4)
+    scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
     norms = []
     for _ in range(2):
         norms.append(update(session, make_optimizer(session.policy, "adamw"), rollout, scores, 0.0)[1])
@@ -81,7 +81,7 @@ def test_paged_optimizer_state_survives_a_checkpoint(make_session: Callable[...,
     """Rank 1024 makes LoRA matrices of 65,536 to 131,072 elements: bitsandbytes pages a state from 100,000 on."""
     session = make_session(model={"quantization": "nf4"}, adapter={"rank": 1024, "alpha": 8.0})
     rollout = session.answers("policy", session.train.requests[:4], session.sampler("train"))
-    scores = read(session.policy, session.chat, rollout, session.readings, rows=4)
+    scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
     optimizer = make_optimizer(session.policy, "paged-adamw-8bit")
     update(session, optimizer, rollout, scores, 1e-3)
     tensors, numbers = state_of(optimizer)

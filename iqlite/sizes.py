@@ -1,0 +1,68 @@
+"""How much is computed at once in each phase, and what happens when it was too much: halve, say so once, go on with the same result."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from iqlite.errors import BaseError
+
+WORDS = {"rows": "answers decoded at once", "read_tokens": "tokens in one reading", "update_tokens": "tokens in one backward pass"}
+KEYS = {"rows": "rollout.batch", "read_tokens": "train.batch_tokens", "update_tokens": "train.batch_tokens"}
+
+
+@dataclass
+class Sizes:
+    """Answers decoded at once, tokens in a forward without and with a gradient, tokens through the head at once.
+
+    They change memory and time, not the result (rounding and ties within rounding apart), so that they may shrink within a run.
+    """
+
+    rows: int
+    read_tokens: int
+    update_tokens: int
+    chunk_tokens: int
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+
+    def record(self) -> dict[str, int]:
+        """The numbers, for the run directory: a resumed run goes on with them."""
+        return {name: value for name, value in asdict(self).items() if name != "say"}
+
+    def restore(self, record: dict[str, int]) -> None:
+        """Puts recorded numbers back."""
+        for name, value in record.items():
+            setattr(self, name, value)
+
+    @contextmanager
+    def fitting(self, which: str) -> Iterator[list[bool]]:
+        """Runs the block; after an out-of-memory halves `which` and appends to the list it gave: run the block again.
+
+        At one row or one token there is nothing left to halve: BaseError names the key.
+        """
+        again: list[bool] = []
+        try:
+            yield again
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            now = getattr(self, which)
+            if now <= 1:
+                raise BaseError(
+                    f"memory is full even with one {'answer' if which == 'rows' else 'row'} at a time; lower rollout.max_new_tokens, prompts.max_tokens or train.chunk_tokens with --set, or choose a smaller base."
+                ) from None
+            setattr(self, which, now // 2)
+            again.append(True)
+        if again:
+            gc.collect()  # the failed forward's tensors hang in its traceback
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.say(f"memory was full: {now // 2} instead of {now} {WORDS[which]} from now on; the result stays the same.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a card's or a CPU allocator's out-of-memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

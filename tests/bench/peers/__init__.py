@@ -1,0 +1,1 @@
+"""Other trainers on iqlite's work, for comparisons side by side."""
