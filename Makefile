@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 DEMO   := runs/demo
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tests.bench.speed
 
 lint: $(READY)
 	$(BIN)/ruff check .

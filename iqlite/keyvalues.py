@@ -69,7 +69,8 @@ def before_rows(prefixes: Sequence[Prefix | None]) -> Cache | None:
 def _padded(prefix: Prefix | None, layer: int, longest: int, which: str, like: Prefix) -> Tensor:
     if prefix is None:
         shape = getattr(like, which)[layer].shape
-        return getattr(like, which)[layer].new_zeros(1, shape[1], longest, shape[3])
+        blank: Tensor = getattr(like, which)[layer].new_zeros(1, shape[1], longest, shape[3])
+        return blank
     part: Tensor = getattr(prefix, which)[layer]
     return torch.nn.functional.pad(part, (0, 0, longest - len(prefix), 0))
 
