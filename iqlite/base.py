@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from iqlite.architectures import SUPPORTED
 from iqlite.errors import BaseError
 from iqlite.gguf_files import convert_gguf, find_gguf
-
-SUPPORTED = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
-"""Architectures (`model_type`) whose head is known, and tested, to be what `chunked.Head` computes."""
 
 IDENTITY_FILE = "iqlite.json"
 IDENTITY_TOLERANCE = 2.0**-7  # relative; what bfloat16, float16 and float32 copies of one weight may differ by
@@ -97,15 +96,26 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def load_base(name: str, quantization: str = "nf4", *, revision: str | None = None, beside: Path = Path()) -> Base:
-    """Loads `name` (relative paths are looked up in `beside`); BaseError says in one sentence why it can't be had."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+def load_base(
+    name: str,
+    quantization: str = "nf4",
+    *,
+    revision: str | None = None,
+    beside: Path = Path(),
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> Base:
+    """Loads `name` (relative paths are looked up in `beside`); BaseError says in one sentence why it can't be had.
+
+    `check` sees the configuration before any weights are read, and raises what speaks against them.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional CPU kernels that nobody asked for
     device, dtype = device_and_dtype()
     source = locate(name, beside, revision)
+    check(AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision).to_dict())
     if Path(source).is_dir():  # a download shows its progress; reading a folder needn't
         transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "revision": revision}

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqlite.base import SUPPORTED
+from iqlite.architectures import SUPPORTED
 from iqlite.errors import BaseError
-from iqlite.linear import few_rows_product, is_few
+from iqlite.linear import FewRows, is_few
 from iqlite.objectives import kl, of_tokens, token_reward
 from iqlite.records import Chunk
 
@@ -47,7 +47,7 @@ class Head:
     def __call__(self, hidden_nD: Tensor) -> Tensor:
         weight = self.linear.weight
         hidden_nD = hidden_nD.to(device=weight.device, dtype=weight.dtype)
-        product = few_rows_product if is_few(hidden_nD) else F.linear
+        product = FewRows.apply if is_few(hidden_nD) else F.linear
         logits_nV = product(hidden_nD, weight, self.linear.bias).float()
         if self.scale != 1.0:
             logits_nV = logits_nV * self.scale

@@ -86,13 +86,13 @@ def _add(
     total_nV = reference_nV * 0.0
     clipped_n = reference_nV[:, 0] * 0.0
     for weight, wanted_nV, unwanted_nV in behaviors:
-        delta_nV = wanted_nV.log_softmax(-1) - unwanted_nV.log_softmax(-1)
-        clipped_n = clipped_n + (delta_nV.abs() > clip).float().mean(-1) / len(behaviors)
-        total_nV = total_nV + weight * delta_nV.clamp(-clip, clip)
+        delta_nV = wanted_nV.log_softmax(-1).sub_(unwanted_nV.log_softmax(-1))
+        clipped_n = clipped_n + (delta_nV.abs() > clip).sum(-1) / (delta_nV.shape[-1] * len(behaviors))
+        total_nV = total_nV.add_(delta_nV.clamp_(-clip, clip), alpha=weight)
     metrics = {"superior/clipped_share": clipped_n}
     if plausibility > 0:
         threshold_n1 = reference_nV.amax(-1, keepdim=True) + math.log(plausibility)
         implausible_nV = reference_nV < threshold_n1
-        total_nV = total_nV.masked_fill(implausible_nV, 0.0)
+        total_nV = total_nV.masked_fill_(implausible_nV, 0.0)
         metrics["superior/implausible_mass"] = (reference_nV.softmax(-1) * implausible_nV).sum(-1)
-    return (reference_nV + strength * total_nV).log_softmax(-1), metrics
+    return total_nV.mul_(strength).add_(reference_nV).log_softmax(-1), metrics

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from iqlite.base import Base, Identity, first_line
 from iqlite.chunked import Head
 from iqlite.errors import AdapterError
 from iqlite.keyvalues import Prefix, Seen, before_rows
+from iqlite.linear import folded as into_one
 from iqlite.linear import make_lean
 
 TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
@@ -69,8 +70,11 @@ class Policy:
         return int(self.model.peft_config[TRAINED].r)
 
     @contextmanager
-    def acting_as(self, role: str) -> Iterator[None]:
-        """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients."""
+    def acting_as(self, role: str, *, folded: bool = False) -> Iterator[None]:
+        """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients.
+
+        `folded` makes one matrix of base and adapter for the length of the block (`linear.folded`: float32 only).
+        """
         assert self._role is None, f"already acting as {self._role}: role blocks don't nest"
         tuner = self.model.base_model
         self._role = role
@@ -80,7 +84,7 @@ class Policy:
                 tuner.disable_adapter_layers()
             elif role != "policy":
                 tuner.set_adapter(role)
-            with torch.no_grad():
+            with torch.no_grad(), into_one(self.model) if folded else nullcontext():
                 yield
         finally:
             if role == "reference":
@@ -103,7 +107,8 @@ class Policy:
         """
         window = max(map(len, prompts)) + max(map(len, responses))
         begun = self.begun(prompts, shared, longest=window)
-        rows = [[*p, *r][0 if start is None else len(start) :] for p, r, start in zip(prompts, responses, begun, strict=True)]
+        # The last response token predicts nothing that is asked for.
+        rows = [[*p, *r[:-1]][0 if start is None else len(start) :] for p, r, start in zip(prompts, responses, begun, strict=True)]
         longest = max(map(len, rows))
         ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         cache = before_rows(begun)

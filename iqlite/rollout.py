@@ -18,6 +18,7 @@ from iqlite.policy import Policy
 from iqlite.records import Messages, Rollout
 from iqlite.sizes import Sizes
 
+FOLD_FROM = 4  # tokens to decode from which one matrix a layer pays for being made
 LEAVE_AT = 0.75  # rows that have ended leave when no more than this share of the batch is left: each time copies the cache
 CDF_BLOCK = 256  # tokens of a block in inverse-CDF sampling
 NUCLEUS_FIRST = 1024  # tokens looked at before the whole vocabulary is sorted
@@ -55,7 +56,7 @@ def sample(
     tokens_BT = torch.zeros(len(prompt_ids), sampler.max_new_tokens, dtype=torch.long)
     # Prompts of like length decode together, longest first: the least padding, and the largest batch comes before the others.
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
-    with policy.acting_as(role):
+    with policy.acting_as(role, folded=sizes.fold and sampler.max_new_tokens >= FOLD_FROM):
         at = 0
         while at < len(order):
             part = order[at : at + sizes.rows]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 
-from iqlite.base import Base, load_base
+from iqlite.architectures import Shape
+from iqlite.base import Base, device_and_dtype, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
 from iqlite.errors import BaseError
 from iqlite.estimators import ESTIMATORS
 from iqlite.gguf_files import EMBEDDED
 from iqlite.hub import offline_without_network
+from iqlite.memory import CONTEXT, Work, choose, given_widths, refusal
 from iqlite.objectives import OBJECTIVES, kl
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
@@ -137,9 +140,17 @@ def readings(recipe: Recipe, placement: str, weights: str) -> tuple[Reading, ...
 
 
 def open_session(
-    recipe: Recipe, *, start: Path | None = None, say: Callable[[str], None] = lambda _: None, placement: str | None = None
+    recipe: Recipe,
+    *,
+    start: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    placement: str | None = None,
+    must_fit: bool = False,
 ) -> Session:
-    """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written."""
+    """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written.
+
+    `must_fit`: BaseError with advice if the memory model says that a step doesn't fit.
+    """
     key = f"{recipe.path}: prompts."
     if _asks_the_hub(recipe):
         offline_without_network()
@@ -149,7 +160,16 @@ def open_session(
     if held_out is None:
         train, held_out = hold_back(train, f"{key}train = {name_of(recipe.prompts.train)}")
     say(f"loading {recipe.model.base}")
-    base = load_base(recipe.model.base, recipe.model.quantization, revision=recipe.model.revision, beside=recipe.folder)
+    device, _ = device_and_dtype()
+    free = free_memory(device)
+
+    def check(config: Mapping[str, Any]) -> None:
+        shape = Shape.of(config, recipe.model.base)
+        why_not = refusal(recipe, shape, Work.of(recipe, shape, device.type), free)
+        if must_fit and why_not is not None:
+            raise BaseError(why_not)
+
+    base = load_base(recipe.model.base, recipe.model.quantization, revision=recipe.model.revision, beside=recipe.folder, check=check)
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
     policy = _policy(recipe, base, start)
     notes = []
@@ -160,9 +180,10 @@ def open_session(
     held_out = chat.shorten(held_out, room, name_of(recipe.prompts.eval or recipe.prompts.train), key + "eval")
     outside = outside and chat.shorten(outside, room, name_of(recipe.prompts.outside or ""), key + "outside")
     notes += [note for prompts in (train, held_out, outside) if prompts for note in prompts.notes]
-    session = Session(
-        recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes_for(recipe, base, say)
-    )
+    shape = Shape.of(base.model.config.to_dict(), base.name)
+    widths = choose(shape, Work.of(recipe, shape, device.type), free, given_widths(recipe)).widths
+    sizes = Sizes(**vars(widths), say=say)
+    session = Session(recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes)
     if session.placement == "auto":
         session, note = _place(session, say)
         notes.append(note)
@@ -198,6 +219,7 @@ def environment(session: Session) -> dict[str, Any]:
         "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
         "placement": session.placement,
+        "sizes": session.sizes.record(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -223,16 +245,21 @@ def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     return policy
 
 
-def sizes_for(recipe: Recipe, base: Base, say: Callable[[str], None]) -> Sizes:
-    """The recipe's sizes, with what it leaves to us."""
-    rollout, train = recipe.rollout, recipe.train
-    return Sizes(
-        rows=64 if rollout.batch == "auto" else rollout.batch,
-        read_tokens=4096 if train.batch_tokens == "auto" else train.batch_tokens,
-        update_tokens=2048 if train.batch_tokens == "auto" else train.batch_tokens,
-        chunk_tokens=64 if train.chunk_tokens == "auto" else train.chunk_tokens,
-        say=say,
-    )
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may come to use, what it uses now included: of the card as the driver reports it, or of the host.
+
+    On Windows the driver spills to host memory instead of failing, at a tenth of the speed: there the allocator is told to stop
+    at what is free.
+    """
+    if device.type == "cpu":
+        import psutil
+
+        return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_reserved(device)
+    if os.name == "nt":
+        torch.cuda.set_per_process_memory_fraction(min(torch.cuda.get_per_process_memory_fraction(device), (free + used) / total), device)
+    return min(free + used, torch.cuda.get_per_process_memory_fraction(device) * total) + CONTEXT["cuda"]
 
 
 def _asks_the_hub(recipe: Recipe) -> bool:

@@ -17,7 +17,8 @@ KEYS = {"rows": "rollout.batch", "read_tokens": "train.batch_tokens", "update_to
 
 @dataclass
 class Sizes:
-    """Answers decoded at once, tokens in a forward without and with a gradient, tokens through the head at once.
+    """Answers decoded at once, tokens in a forward without and with a gradient, tokens through the head at once, and whether a
+    CPU decodes with one float32 matrix for each adapted layer.
 
     They change memory and time, not the result (rounding and ties within rounding apart), so that they may shrink within a run.
     """
@@ -26,6 +27,7 @@ class Sizes:
     read_tokens: int
     update_tokens: int
     chunk_tokens: int
+    fold: bool = False
     say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
 
     def record(self) -> dict[str, int]:

@@ -144,6 +144,7 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
                     parts.append(statistics)
         first = first or TokenStatistics.join(parts)
         norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
+        optimizer.zero_grad(set_to_none=True)  # the next rollout can use their memory
         if recipe.superior.weights == "ema":
             policy.update_ema(recipe.superior.ema_rate)
     assert first is not None
@@ -300,8 +301,8 @@ def _checkpoint(session: Session, run: RunDir, optimizer: Any, monitors: Monitor
     tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
     stopped = None if why in (None, "interrupted") else why
     run.save_checkpoint(
-        step, tensors, {"optimizer": numbers, "loss_scale": session.policy.loss_scale, "monitors": monitors.state(), "stopped": stopped}
-    )
+        step, tensors, {"optimizer": numbers, "loss_scale": session.policy.loss_scale, "monitors": monitors.state(), "stopped": stopped, "sizes": session.sizes.record()},
+    )  # fmt: skip
 
 
 def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -> tuple[int, Monitors, str | None]:
@@ -321,4 +322,5 @@ def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -
         session.policy.load_state(part("ema."), "ema")
     load_state_of(optimizer, part("optimizer."), state["optimizer"])
     session.policy.loss_scale = state["loss_scale"]
+    session.sizes.restore(state["sizes"])
     return state["step"] + 1, Monitors.restore(state["monitors"]), state["stopped"]

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from iqlite.base import SUPPORTED, explain, is_hub_id, load_base, locate
+from iqlite.architectures import SUPPORTED
+from iqlite.base import explain, is_hub_id, load_base, locate
 from iqlite.errors import BaseError
 from iqlite.gguf_files import EMBEDDED, cache_folder, embedded
 from tests.tiny import save_tiny

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from iqlite.base import SUPPORTED
+from iqlite.architectures import SUPPORTED
 from iqlite.chunked import Head, Scoring, chunked_loss, chunked_statistics
 from iqlite.errors import BaseError
 from iqlite.estimators import ESTIMATORS

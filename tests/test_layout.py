@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("errors", "records"),
     ("hub", "estimators", "objectives"),
-    ("recipe", "gguf_files"),
-    ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes"),
+    ("recipe", "gguf_files", "architectures"),
+    ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes", "memory"),
     ("chunked", "terminal"),
     ("policy",),
     ("rollout", "optimizer"),
@@ -26,7 +26,7 @@ LEVELS = (
 )
 """The architecture document; the README quotes it."""
 VERBS = ("train", "compare", "init", "recipe")
-WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "rundir", "prompts", "monitors", "judges", "terminal", "cli"}  # fmt: skip
+WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "rundir", "prompts", "monitors", "judges", "terminal", "cli"}  # fmt: skip
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names} | {"__main__": len(LEVELS), "__init__": -1}
 

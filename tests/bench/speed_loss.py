@@ -19,16 +19,17 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from iqlite.architectures import Shape, known
 from iqlite.base import device_and_dtype, let_go_of_files
 from iqlite.chunked import Head, Scoring, chunked_loss
 from iqlite.estimators import contrastive
+from iqlite.memory import Work, choose
 from iqlite.objectives import full_kl
 from iqlite.recipe import load_recipe, readings_of
 from iqlite.records import Chunk
-from iqlite.session import sizes_for
 from tests.bench.peers.common import CUDA, MIB, Gauge
 
-RECIPE = Path("recipes/cheerful-135m.toml")
+RECIPE, MODEL = Path("recipes/cheerful-135m.toml"), "Qwen/Qwen2.5-7B-Instruct"
 LOGIT_STD, APART = 2.0, 0.3  # standard deviation of the logits; how far, in hidden states of size 1, readings and policy differ
 NAMES = ("reference", "wanted", "unwanted")
 
@@ -44,7 +45,9 @@ class FineGauge(Gauge):
 
 def default_chunk_tokens() -> int:
     """What `train.chunk_tokens = "auto"` comes to."""
-    return sizes_for(load_recipe(RECIPE), None, print).chunk_tokens  # type: ignore[arg-type]  # the base isn't looked at
+    shape = Shape.of(known()[MODEL], MODEL)
+    device = device_and_dtype()[0].type
+    return choose(shape, Work.of(load_recipe(RECIPE), shape, device), 2.0**40).widths.chunk_tokens
 
 
 def random_inputs(n: int, vocabulary: int, width: int) -> tuple[Head, Tensor, Tensor, dict[str, Tensor]]:

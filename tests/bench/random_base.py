@@ -1,0 +1,85 @@
+"""A base of any size with random weights, in 4 bits, built layer by layer: never a float copy of the whole.
+
+Each distinct linear map is drawn and quantised once; its layers get copies of the packed numbers, which take their own memory.
+The tokenizer is the embedded model's, whose ids are below every vocabulary here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from iqlite.base import Base, Identity, device_and_dtype, locate, train_on_any_cpu
+from iqlite.gguf_files import EMBEDDED
+
+STD = 0.02
+
+
+def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
+    """The architecture of a config.json with normal weights, NF4 with double quantisation, where and as a real base is loaded."""
+    device, dtype = device_and_dtype()
+    options = dict(config)
+    settings = CONFIG_MAPPING[options.pop("model_type")](**options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    torch.manual_seed(seed)
+    made: dict[tuple[int, int], Params4bit] = {}
+    for layer in model.model.layers:
+        for parent in layer.modules():
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, _quantised(child, made, device, dtype))
+    _fill(model, device, dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(locate(EMBEDDED))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit, model.is_quantized = True, True
+    train_on_any_cpu(model)
+    name = f"random {settings.model_type}, {settings.num_hidden_layers} layers of {settings.hidden_size}"
+    return Base(name, model, tokenizer, dtype, "nf4", Identity(name, settings.model_type, 0, 0, 0, ()))
+
+
+def _quantised(linear: nn.Linear, made: dict[tuple[int, int], Params4bit], device: torch.device, dtype: torch.dtype) -> Linear4bit:
+    shape = (linear.out_features, linear.in_features)
+    layer = Linear4bit(
+        *shape[::-1], bias=linear.bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
+    )
+    if shape not in made:
+        weight = torch.empty(shape, dtype=dtype).normal_(std=STD)
+        made[shape] = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
+        layer.weight = made[shape]
+    else:
+        first = made[shape]
+        layer.weight = Params4bit.from_prequantized(
+            first.data.clone(), _state(first.quant_state), requires_grad=False, device=device, module=layer
+        )
+    layer.quant_state = layer.weight.quant_state
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype), requires_grad=False)
+    return layer
+
+
+def _state(state: QuantState) -> dict[str, Tensor]:
+    """The state as its file has it, each tensor a copy."""
+    return {name: value.clone() for name, value in copy.copy(state).as_dict(packed=True).items()}
+
+
+def _fill(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Embeddings, head and norms."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type != "meta":
+                continue
+            full = torch.empty(parameter.shape, device=device, dtype=dtype)
+            full = full.normal_(std=STD) if full.dim() > 1 else full.fill_(1.0)
+            setattr(module, name, nn.Parameter(full, requires_grad=False))
+    model.tie_weights()
