@@ -43,7 +43,7 @@ class Widths:
     fold: bool = False
 
 
-CAPS = {"cuda": Widths(256, 16384, 8192, 256), "cpu": Widths(64, 4096, 256, 64)}
+CAPS = {"cuda": Widths(256, 16384, 8192, 256), "cpu": Widths(64, 4096, 256, 48)}
 """Beyond these, width gains nothing (on a CPU it costs: few rows stay in its caches)."""
 
 

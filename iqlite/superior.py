@@ -5,6 +5,7 @@ Positions are aligned by gathering the response's positions of each reading on i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,12 +58,22 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Row numbers in batches of at most `tokens` tokens with padding (one row at least), longest first: what doesn't fit fails at once."""
+    """Row numbers in as few batches of at most `tokens` tokens with padding as there can be (one row at least), evenly filled.
+
+    Longest rows first: what doesn't fit fails at once.
+    """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def room(at: int) -> int:
+        return max(1, tokens // max(1, lengths[order[at]]))
+
+    parts, at = 0, 0
+    while at < len(order):
+        parts, at = parts + 1, at + room(at)
     made: list[list[int]] = []
-    for row in order:
-        if made and lengths[made[-1][0]] * (len(made[-1]) + 1) <= tokens:
-            made[-1].append(row)
-        else:
-            made.append([row])
+    at = 0
+    while at < len(order):
+        rows = min(room(at), math.ceil((len(order) - at) / (parts - len(made))))
+        made.append(order[at : at + rows])
+        at += rows
     return made
