@@ -83,6 +83,12 @@ class Base:
     identity: Identity
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes; the embedding table may be elsewhere."""
+        found: torch.device = self.model.get_output_embeddings().weight.device
+        return found
+
+    @property
     def context(self) -> int:
         """Longest sequence the model was made for, tokens."""
         return int(self.model.config.max_position_embeddings)
@@ -102,6 +108,7 @@ def load_base(
     *,
     revision: str | None = None,
     beside: Path = Path(),
+    embeddings: str = "card",
     check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Base:
     """Loads `name` (relative paths are looked up in `beside`); BaseError says in one sentence why it can't be had.
@@ -141,6 +148,8 @@ def load_base(
         raise BaseError(f"base {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again.")
     model.requires_grad_(False)
     train_on_any_cpu(model)
+    if embeddings == "host":
+        embed_on_host(model)
     if quantization == "nf4":
         let_go_of_files(model)
     return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, model))
@@ -171,6 +180,16 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
     if config.model_type not in SUPPORTED:
         raise BaseError(f"base {name!r}: the architecture {config.model_type!r} isn't supported; choose one of: {', '.join(SUPPORTED)}.")
     return source
+
+
+def embed_on_host(model: Any) -> None:
+    """Leaves an untied embedding table in the computer's memory: only the looked-up rows, [tokens, D], travel to the card."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if table.weight is head.weight or table.weight.device.type == "cpu":
+        return
+    table.to("cpu")
+    table.register_forward_pre_hook(lambda _, given: (given[0].to("cpu"),))
+    table.register_forward_hook(lambda _, __, found: found.to(head.weight.device))
 
 
 def train_on_any_cpu(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The memory model: bytes by term and phase from a model's shape and a recipe alone. No torch; `plan`, `train` and batch sizing share it.
+"""The memory model: bytes by term and phase from a model's shape and a recipe alone. No torch; `plan`, `train` and batch sizing (`fit`) share it.
 
 What stays (weights, adapter, optimizer) plus the largest phase (rollout, reading, update) is the peak. Coefficients that no closed
 form gives were measured on this project's own code and are named below; tests/bench/plan_error.py holds them against runs.
@@ -7,8 +7,8 @@ form gives were measured on this project's own code and are named below; tests/b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from iqlite.architectures import Shape, known
@@ -26,9 +26,6 @@ CONTEXT = {
 FRAGMENTATION = {"cuda": 1.08, "cpu": 1.30}  # of what comes and goes, what the allocator holds beyond it. Measured on the CPU
 CHUNK_COPIES = 14  # [chunk, V] float32 tensors alive at once in the chunked loss
 LOGIT_COPIES = 4  # [rows, V] float32 tensors alive at once while a token is chosen
-LEAST_CHUNK = 16
-CHUNK_TENSOR = 30 * MIB  # glibc maps larger blocks anew each time, which costs a CPU what a wider chunk would gain
-CPU_SHARE = 0.25  # of the free memory, what the float32 matrices for decoding may take
 PHASES = ("rollout", "reading", "update")
 
 
@@ -43,16 +40,13 @@ class Widths:
     fold: bool = False
 
 
-CAPS = {"cuda": Widths(256, 16384, 8192, 256), "cpu": Widths(64, 4096, 256, 48)}
-"""Beyond these, width gains nothing (on a CPU it costs: few rows stay in its caches)."""
-
-
 @dataclass(frozen=True)
 class Work:
     """What a recipe asks of a machine: one step's sizes, and what is kept how. Token counts are the longest there may be."""
 
     device: str  # cuda | cpu
     quantization: str
+    on_card: bool  # the embedding table
     rank: int
     adapters: int  # beside the trained one: an average, or what the estimator reads
     prompts: int
@@ -75,6 +69,7 @@ class Work:
         return cls(
             device=device,
             quantization=recipe.model.quantization,
+            on_card=device == "cpu" or shape.tied or recipe.model.embeddings == "card",
             rank=recipe.adapter.rank,
             adapters=sum(map(bool, extra)),
             prompts=rollout.prompts_per_step,
@@ -132,66 +127,6 @@ def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:
     return Plan(widths, _stays(shape, work), phases)
 
 
-def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -> Plan:
-    """The widest step whose peak stays within `free` bytes; where not even the narrowest does, that one. `given` wins where not 0."""
-    cap, longest = CAPS[work.device], work.longest + work.description_tokens
-    chunk = cap.chunk_tokens
-    if work.device == "cpu":
-        chunk = max(LEAST_CHUNK, min(chunk, int(CHUNK_TENSOR / (4 * shape.vocabulary)) // 8 * 8))
-    fold = work.device == "cpu" and 4 * shape.linear_weights <= CPU_SHARE * free
-    start = Widths(cap.rows, cap.read_tokens, cap.update_tokens, chunk, fold)
-    if given is not None:
-        start = Widths(*(g or s for g, s in zip(vars(given).values(), vars(start).values(), strict=True)))
-    narrowing: dict[str, tuple[tuple[str, int], ...]] = {
-        "rollout": (("rows", 1),),
-        "reading": (("read_tokens", longest),),
-        "update": (("chunk_tokens", 4 * LEAST_CHUNK), ("update_tokens", longest), ("chunk_tokens", LEAST_CHUNK)),
-    }
-    widths, full = start, replace(work, answers=cap.rows)  # a comparison may have more answers than a step
-    for phase, steps in narrowing.items():
-        for name, least in steps:
-            while estimate(shape, full, widths).total(phase) > free and getattr(widths, name) > least:
-                if given is not None and getattr(given, name):
-                    break
-                widths = replace(widths, **{name: max(least, getattr(widths, name) // 2)})
-    return estimate(shape, work, widths)
-
-
-Change = tuple[str, Callable[[Work], Work]]
-LEAST_HARM: tuple[Change, ...] = (
-    ('train.checkpointing = "on"', lambda work: replace(work, checkpointing=True)),
-    ('train.optimizer = "paged-adamw-8bit"', lambda work: replace(work, optimizer="paged-adamw-8bit")),
-    ('superior.weights = "base"', lambda work: replace(work, adapters=0)),
-    ('model.quantization = "nf4"', lambda work: replace(work, quantization="nf4")),
-    ("prompts.max_tokens = 256", lambda work: replace(work, prompt_tokens=min(256, work.prompt_tokens))),
-    ("rollout.max_new_tokens = 128", lambda work: replace(work, new_tokens=min(128, work.new_tokens))),
-    ("adapter.rank = 8", lambda work: replace(work, rank=min(8, work.rank))),
-)
-"""What makes a recipe smaller, in the order of least harm: time, then what the averaged weights gain, then what is trained."""
-
-
-def given_widths(recipe: Recipe) -> Widths | None:
-    """What a recipe sets itself, 0 where it leaves the choice to us; None if it sets nothing."""
-    rows, tokens, chunk = (0 if n == "auto" else n for n in (recipe.rollout.batch, recipe.train.batch_tokens, recipe.train.chunk_tokens))
-    return Widths(rows, tokens, tokens, chunk) if rows or tokens or chunk else None
-
-
-def advice(shape: Shape, work: Work, free: float, given: Widths | None = None) -> tuple[list[str], Plan]:
-    """(settings, plan): which changes make it fit, least harm first; all that help if even those don't suffice."""
-    chosen: list[str] = []
-    plan = choose(shape, work, free, given)
-    for change, apply in ((("the widths at auto", lambda work: work),) if given else ()) + LEAST_HARM:
-        if plan.peak <= free:
-            break
-        if "8bit" in change and work.device == "cpu":
-            continue
-        tried = choose(shape, apply(work), free)
-        if tried.peak < plan.peak:
-            chosen.append(change)
-            work, plan = apply(work), tried
-    return chosen, plan
-
-
 def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> Shape:
     """The shape of a base by its recipe name: a GGUF file's header, a folder's config.json, the package's list, or the hub's config.json."""
     gguf = find_gguf(name, beside)
@@ -232,7 +167,7 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
     else:
         weights = {"weights": float(shape.linear_weights * work.bytes)}
     return weights | {
-        "embeddings": matrix + norms,
+        "embeddings": matrix * work.on_card + norms,
         "head": 0.0 if shape.tied else float(matrix),
         "adapter": 4.0 * trained * (1 + work.adapters),
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
@@ -307,19 +242,6 @@ def _descriptions(recipe: Recipe) -> tuple[list[str], int]:
         texts += [f"{text} {shown}" for side in sides if (text := getattr(pair, side)) or shown]
     readings = 2 * len(behavior.mixture) if "behaviors" in asks_for else len(asks_for)
     return texts, 1 + readings
-
-
-def refusal(recipe: Recipe, shape: Shape, work: Work, free: float) -> str | None:
-    """One sentence for a recipe that doesn't fit, with what to change, least harm first; None if it fits."""
-    plan = choose(shape, work, free, given_widths(recipe))
-    if plan.peak <= free:
-        return None
-    changes, smaller = advice(shape, work, free, given_widths(recipe))
-    where = "card" if work.device == "cuda" else "memory"
-    said = f"{recipe.path} needs {plan.peak / GIB:.1f} GiB and {free / GIB:.1f} GiB of this machine's {where} are free"
-    if smaller.peak <= free:
-        return f"{said}; {' and '.join(changes)} would make it {smaller.peak / GIB:.1f} GiB (see iqlite plan), or go on with --force."
-    return f"{said}; no setting makes it fit (the least is {smaller.peak / GIB:.1f} GiB): choose a smaller base, or go on with --force."
 
 
 def _tokens(text: str) -> int:

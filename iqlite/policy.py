@@ -41,7 +41,7 @@ class Policy:
         self.base = base
         self.head = Head.of(base.model)
         self.decoder = base.model.get_decoder()
-        self.device: torch.device = base.model.device
+        self.device: torch.device = base.device
         if start is None:
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
             with torch.random.fork_rng():

@@ -42,6 +42,9 @@ class Model(Table):
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="nf4 keeps the base in 4 bits (double quantisation); none keeps it as it is."
     )
+    embeddings: Literal["card", "host"] = Field(
+        "card", description="Where the embedding table is kept: card, or host, the computer's memory (unless it is the head too)."
+    )
 
 
 class Adapter(Table):
@@ -240,6 +243,12 @@ class Recipe(Table):
         if self.train.epochs is not None:
             return max(1, math.ceil(self.train.epochs * prompts / self.rollout.prompts_per_step))
         return 20 if self.train.steps is None else self.train.steps
+
+
+def shipped_recipes() -> Path:
+    """The recipes folder: inside an installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

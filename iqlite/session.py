@@ -21,9 +21,10 @@ from iqlite.base import Base, device_and_dtype, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
 from iqlite.errors import BaseError
 from iqlite.estimators import ESTIMATORS
+from iqlite.fit import choose, given_widths, refusal
 from iqlite.gguf_files import EMBEDDED
 from iqlite.hub import offline_without_network
-from iqlite.memory import CONTEXT, Work, choose, given_widths, refusal
+from iqlite.memory import CONTEXT, Work
 from iqlite.objectives import OBJECTIVES, kl
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
@@ -169,7 +170,10 @@ def open_session(
         if must_fit and why_not is not None:
             raise BaseError(why_not)
 
-    base = load_base(recipe.model.base, recipe.model.quantization, revision=recipe.model.revision, beside=recipe.folder, check=check)
+    model = recipe.model
+    base = load_base(
+        model.base, model.quantization, revision=model.revision, beside=recipe.folder, embeddings=model.embeddings, check=check
+    )
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
     policy = _policy(recipe, base, start)
     notes = []
@@ -233,7 +237,7 @@ def environment(session: Session) -> dict[str, Any]:
 def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     """The base with the trained adapter and what the estimator reads beside it."""
     train, superior = recipe.train, recipe.superior
-    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.model.device.type == "cuda")
+    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
     if start is None and recipe.adapter.start is not None:
         start = recipe.folder / Path(recipe.adapter.start).expanduser()
     policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=train.seed, start=start, checkpointing=checkpointing)

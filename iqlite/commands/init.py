@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from iqlite.errors import RecipeError
-from iqlite.recipe import load_recipe
+from iqlite.recipe import load_recipe, shipped_recipes
 
 TEMPLATE = """\
 # {name}: a behaviour described in words. Train it with:
@@ -80,9 +80,3 @@ def run(name: str, base: str, wanted: str, unwanted: str, *, tokens: int, force:
         making.unlink(missing_ok=True)
     console.print(f"wrote {path}\nnext:  iqlite train {shlex.quote(str(path))}", markup=False)
     return 0
-
-
-def shipped_recipes() -> Path:
-    """The recipes folder: inside an installed package, or beside it in a clone."""
-    package = Path(__file__).parent.parent
-    return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())

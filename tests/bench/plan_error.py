@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from iqlite.architectures import Shape, known
-from iqlite.memory import GIB, PHASES, Widths, Work, choose, estimate
+from iqlite.fit import choose
+from iqlite.memory import GIB, PHASES, Widths, Work, estimate
 from tests.bench.peers.common import CUDA, Gauge
 
 MIDDLE = {

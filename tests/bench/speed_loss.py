@@ -23,7 +23,8 @@ from iqlite.architectures import Shape, known
 from iqlite.base import device_and_dtype, let_go_of_files
 from iqlite.chunked import Head, Scoring, chunked_loss
 from iqlite.estimators import contrastive
-from iqlite.memory import Work, choose
+from iqlite.fit import choose
+from iqlite.memory import Work
 from iqlite.objectives import full_kl
 from iqlite.recipe import load_recipe, readings_of
 from iqlite.records import Chunk
