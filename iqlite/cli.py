@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"})
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; progress goes to standard error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
@@ -45,7 +47,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: --set rollout.temperature=0.8")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there, and start even if memory seems too small.")] = False,
     json: Json = False,
 ) -> None:
     """Train a described behaviour into a LoRA adapter."""
@@ -108,6 +110,41 @@ def recipe(json: Json = False) -> None:
     from iqlite.terminal import console
 
     raise typer.Exit(verb.run(as_json=json, console=console(stderr=json)))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; with --all, a folder of recipes (the shipped ones by default).")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Free memory of the card that is meant, such as 8GB.")] = None,
+    card: Annotated[str | None, typer.Option(help='A card by its name, such as "RTX 4070".')] = None,
+    device: Annotated[
+        str | None, typer.Option(click_type=click.Choice(["cpu", "cuda"]), help="Plan for this machine's CPU or card.")
+    ] = None,
+    all: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
+    json: Json = False,
+) -> None:
+    """Tell whether a recipe fits, what takes the memory, and how long it takes: nothing is downloaded but a few kB."""
+    from iqlite.commands import plan as verb
+    from iqlite.terminal import console
+
+    out = console(stderr=json)
+    raise typer.Exit(
+        verb.run(recipe, set or [], vram=vram, card=card, device=device and str(device.value), everything=all, as_json=json, console=out)
+    )
+
+
+@app.command()
+def bench(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe whose steps are timed; the demo's without it.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after one warm-up.")] = 3,
+    json: Json = False,
+) -> None:
+    """Measure this machine: tokens a second of each phase, and how long each recipe takes."""
+    from iqlite.commands import bench as verb
+    from iqlite.terminal import console
+
+    raise typer.Exit(verb.run(recipe, steps=steps, as_json=json, console=console(stderr=json)))
 
 
 def main() -> None:

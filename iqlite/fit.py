@@ -97,9 +97,9 @@ def refusal(recipe: Recipe, shape: Shape, work: Work, free: float) -> str | None
 
 
 def _widest(fits: Callable[[int], bool], least: int, most: int) -> int:
-    """The largest size from `least` to `most` that fits; `least` if none does."""
-    if fits(most) or most <= least:
-        return max(most, least)
+    """The largest size from `least` to `most` that fits; `least` if none does. Below `least` there is nothing to gain."""
+    if most <= least or fits(most):
+        return most
     low = least
     while most - low > max(1, low // 16):
         middle = (low + most) // 2

@@ -42,9 +42,7 @@ class Model(Table):
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="nf4 keeps the base in 4 bits (double quantisation); none keeps it as it is."
     )
-    embeddings: Literal["card", "host"] = Field(
-        "card", description="Where the embedding table is kept: card, or host, the computer's memory (unless it is the head too)."
-    )
+    embeddings: Literal["card", "host"] = Field("card", description="Where the embedding table is; host spares the card an untied one.")
 
 
 class Adapter(Table):

@@ -15,7 +15,7 @@ LEVELS = (
     ("hub", "estimators", "objectives"),
     ("recipe", "gguf_files", "architectures"),
     ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes", "memory"),
-    ("chunked", "terminal", "fit"),
+    ("chunked", "terminal", "fit", "timing"),
     ("policy",),
     ("rollout", "optimizer"),
     ("superior",),
@@ -25,8 +25,8 @@ LEVELS = (
     ("cli",),
 )
 """The architecture document; the README quotes it."""
-VERBS = ("train", "compare", "init", "recipe")
-WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "rundir", "prompts", "monitors", "judges", "terminal", "cli"}  # fmt: skip
+VERBS = ("train", "compare", "init", "recipe", "plan", "bench")
+WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli"}  # fmt: skip
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names} | {"__main__": len(LEVELS), "__init__": -1}
 

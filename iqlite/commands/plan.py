@@ -1,0 +1,191 @@
+"""`iqlite plan`: does a recipe fit, what takes the memory, what to change if not, and how long a step takes. No torch, no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from iqlite.errors import RecipeError
+from iqlite.fit import advice, choose, given_widths
+from iqlite.memory import GIB, PHASES, Plan, Work, shape_of
+from iqlite.recipe import Recipe, load_recipe, shipped_recipes
+from iqlite.terminal import duration, facts, table
+from iqlite.timing import Rates, card_named, cards, seconds_of_step, steps_of, typical_prompt
+
+SIZES_GB = (6, 8, 10, 12, 16, 24)
+FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; ours
+UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for: device, free bytes, what it is called, and its rates if they are known."""
+
+    device: str
+    free: float
+    name: str
+    rates: Rates | None
+
+
+def run(
+    recipe_path: Path | None, overrides: Sequence[str], *, vram: str | None, card: str | None, device: str | None, everything: bool,
+    as_json: bool, console: Console,
+) -> int:  # fmt: skip
+    """Prints the plan, or with `everything` the table of recipes and card sizes; returns 0 if the recipe fits, else 1."""
+    if everything:
+        return _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
+    if recipe_path is None:
+        raise RecipeError("name a recipe, such as: iqlite plan recipes/harmless-7b.toml; or all shipped ones: iqlite plan --all")
+    recipe = load_recipe(recipe_path, overrides)
+    machine = _machine(vram, card, device)
+    shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
+    work = Work.of(recipe, shape, machine.device)
+    plan = choose(shape, work, machine.free, given_widths(recipe))
+    changes, smaller = advice(shape, work, machine.free, given_widths(recipe))
+    prompt = typical_prompt(recipe, work.prompt_tokens)
+    seconds = seconds_of_step(shape, work, plan.widths, machine.rates, prompt) if machine.rates else None
+    steps = steps_of(recipe)
+    fits = plan.peak <= machine.free
+    if as_json:
+        found: dict[str, Any] = {
+            "recipe": str(recipe_path), "machine": machine.name, "device": machine.device, "free_bytes": machine.free, "fits": fits,
+            "peak_bytes": plan.peak, "peak_phase": plan.sets_the_peak, "stays_bytes": dict(plan.stays),
+            "phases_bytes": {phase: dict(terms) for phase, terms in plan.phases.items()}, "widths": asdict(plan.widths),
+            "longest_tokens": work.longest, "changes": changes if not fits else [], "changed_peak_bytes": smaller.peak,
+            "step_seconds": seconds, "steps": steps, "rates": machine.rates.record() if machine.rates else None,
+        }  # fmt: skip
+        print(json.dumps(found))
+        return 0 if fits else 1
+    console.print(_terms(recipe, plan))
+    told = {
+        "base": f"{recipe.model.base}, {shape.parameters / 1e9:.2f} G weights ({recipe.model.quantization})",
+        "machine": f"{machine.name}, {machine.free / GIB:.1f} GiB free",
+        "peak": f"{plan.peak / GIB:.2f} GiB, in the {plan.sets_the_peak}: " + ("fits" if fits else "doesn't fit"),
+        "at once": _widths(plan, work),
+        "lengths": f"prompts up to {work.prompt_tokens} tokens, answers up to {work.new_tokens}",
+    }
+    if not fits:
+        helps = f" → {smaller.peak / GIB:.2f} GiB" + ("" if smaller.peak <= machine.free else ", which doesn't fit either: a smaller base")
+        told["change"] = (", then ".join(changes) or "nothing helps") + helps
+    if seconds is not None and machine.rates is not None:
+        whole = f", {duration(seconds * steps)} for {steps} steps" if steps else ""
+        told["time"] = f"about {_short(seconds)} a step{whole}, with prompts of about {prompt} tokens (rates from {machine.rates.source})"
+    else:
+        told["time"] = "unknown until this machine was measured: iqlite bench"
+    facts(console, told)
+    return 0 if fits else 1
+
+
+def _terms(recipe: Recipe, plan: Plan) -> Any:
+    """Terms by phase, in GiB."""
+    names = list(dict.fromkeys(term for phase in PHASES for term in plan.phases[phase]))
+    rows = [[name, *[f"{size / GIB:.2f}"] * len(PHASES)] for name, size in plan.stays.items() if size]
+    rows += [[name, *(f"{size / GIB:.2f}" if (size := plan.phases[phase].get(name)) else "" for phase in PHASES)] for name in names]
+    rows.append(["peak", *(f"{plan.total(phase) / GIB:.2f}" for phase in PHASES)])
+    return table(f"{escape(str(recipe.path))}: memory, GiB", ("term", *PHASES), rows)
+
+
+def _widths(plan: Plan, work: Work) -> str:
+    widths = plan.widths
+    rows = min(widths.rows, work.answers)
+    kept = "; decodes with float32 matrices" if widths.fold else ""
+    return f"{rows} answers decoded, {widths.read_tokens} tokens read, {widths.update_tokens} with a gradient, {widths.chunk_tokens} through the head{kept}"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
+def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Console) -> int:
+    """Every recipe of a folder on every card size."""
+    recipes = sorted(folder.glob("*.toml"))
+    if not recipes:
+        raise RecipeError(f"{folder} holds no recipes (.toml): name a folder that does.")
+    rows, found = [], []
+    for path in recipes:
+        recipe = load_recipe(path, overrides)
+        shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
+        cells = []
+        for size in SIZES_GB:
+            free = FREE_OF_A_CARD * size * GIB
+            work = Work.of(recipe, shape, "cuda")
+            plan = choose(shape, work, free, given_widths(recipe))
+            changes, smaller = advice(shape, work, free, given_widths(recipe))
+            fits = plan.peak <= free
+            changed = changes if not fits and smaller.peak <= free else []
+            cells.append(f"{plan.peak / GIB:.1f}" if fits else f"{smaller.peak / GIB:.1f} *" if changed else "–")
+            found.append(
+                {
+                    "recipe": str(path),
+                    "card_gb": size,
+                    "fits": fits,
+                    "peak_bytes": plan.peak,
+                    "changes": changed,
+                    "widths": asdict(plan.widths),
+                }
+            )
+        rows.append([escape(path.stem), *cells])
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    console.print(table("peak memory in GiB, at the widths that fit", ("recipe", *(f"{size} GB card" for size in SIZES_GB)), rows))
+    console.print(
+        "* with changes that iqlite plan RECIPE --vram SIZE names; – not even then. 95 % of a card's memory is taken to be free.",
+        markup=False,
+    )
+    return 0
+
+
+def _machine(vram: str | None, card: str | None, device: str | None) -> Machine:
+    """What the options mean; without any, this machine."""
+    if (vram or card) and device == "cpu":
+        raise RecipeError("--device cpu has no --vram or --card: leave them out, or plan for a card.")
+    if card is not None:
+        name = card_named(card)
+        free = _size(vram) if vram else FREE_OF_A_CARD * cards()[name]["memory_gb"] * GIB
+        return Machine("cuda", free, name, Rates.of_card(name))
+    if vram is not None:
+        return Machine("cuda", _size(vram), "a card", None)
+    here = None if device == "cpu" else _card_here()
+    if here is not None:
+        return Machine("cuda", here[1], here[0], Rates.of_this_machine() or _sheet(here[0]))
+    if device == "cuda":
+        raise RecipeError("--device cuda: no card answers here (nvidia-smi); say which one is meant with --card or --vram.")
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Machine("cpu", float(memory.available), f"this machine's CPU, {memory.total / GIB:.0f} GiB", Rates.of_this_machine())
+
+
+def _size(text: str) -> float:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise RecipeError(f"--vram {text!r} isn't a size: write it like 8GB, what the driver reports as free.")
+    return float(found[1]) * UNITS[found[2].upper()]
+
+
+def _card_here() -> tuple[str, float] | None:
+    """(name, free bytes) of the first card, asked of the driver's own tool: importing torch would take seconds."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
+        )
+        name, free = asked.stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(free) * 2**20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
+
+
+def _sheet(name: str) -> Rates | None:
+    try:
+        return Rates.of_card(card_named(name))
+    except RecipeError:
+        return None
