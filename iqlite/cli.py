@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +23,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"})
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; progress goes to standard error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+class Device(StrEnum):
+    """Where a plan is for."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 def _version(value: bool) -> None:
@@ -118,9 +124,7 @@ def plan(
     set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")] = None,
     vram: Annotated[str | None, typer.Option(help="Free memory of the card that is meant, such as 8GB.")] = None,
     card: Annotated[str | None, typer.Option(help='A card by its name, such as "RTX 4070".')] = None,
-    device: Annotated[
-        str | None, typer.Option(click_type=click.Choice(["cpu", "cuda"]), help="Plan for this machine's CPU or card.")
-    ] = None,
+    device: Annotated[Device | None, typer.Option(help="Plan for this machine's CPU or card.")] = None,
     all: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
     json: Json = False,
 ) -> None:
@@ -130,7 +134,9 @@ def plan(
 
     out = console(stderr=json)
     raise typer.Exit(
-        verb.run(recipe, set or [], vram=vram, card=card, device=device and str(device.value), everything=all, as_json=json, console=out)
+        verb.run(
+            recipe, set or [], vram=vram, card=card, device=device.value if device else None, everything=all, as_json=json, console=out
+        )
     )
 
 

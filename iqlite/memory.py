@@ -74,7 +74,7 @@ class Work:
             adapters=sum(map(bool, extra)),
             prompts=rollout.prompts_per_step,
             answers=max(rollout.prompts_per_step, recipe.prompts.eval_count),
-            prompt_tokens=max(1, min(recipe.prompts.max_tokens, room)),
+            prompt_tokens=max(1, min(recipe.prompts.max_tokens, room, _longest_prompt(recipe))),
             description_tokens=longest,
             new_tokens=rollout.max_new_tokens,
             readings=readings,
@@ -242,6 +242,18 @@ def _descriptions(recipe: Recipe) -> tuple[list[str], int]:
         texts += [f"{text} {shown}" for side in sides if (text := getattr(pair, side)) or shown]
     readings = 2 * len(behavior.mixture) if "behaviors" in asks_for else len(asks_for)
     return texts, 1 + readings
+
+
+def _longest_prompt(recipe: Recipe) -> int:
+    """No fewer tokens than the longest local prompt has (two bytes a token); what isn't a local text file may be of any length."""
+    longest = 0
+    for source in (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside):
+        for one in source if isinstance(source, tuple) else (source,) if source is not None else ():
+            path = recipe.folder / one if isinstance(one, str) else None
+            if path is None or path.suffix not in (".jsonl", ".txt") or not path.is_file():
+                return recipe.prompts.max_tokens
+            longest = max(longest, *(len(line) for line in path.read_bytes().splitlines() or [b""]))
+    return longest // 2 + 24
 
 
 def _tokens(text: str) -> int:

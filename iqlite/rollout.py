@@ -49,7 +49,7 @@ def sample(
     shared: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Answers to B prompts by `role`, `sizes.rows` at a time. `index` are the prompts' numbers; they and `step` key the noise.
+    """Answers to B prompts by `role`, as many at a time as `sizes` allows. `index` are the prompts' numbers; they and `step` key the noise.
 
     `shared` are ids that prompts may begin with; where all of a batch do, they are read once.
     """
@@ -59,8 +59,9 @@ def sample(
     with policy.acting_as(role, folded=sizes.fold and sampler.max_new_tokens >= FOLD_FROM):
         at = 0
         while at < len(order):
-            part = order[at : at + sizes.rows]
-            with sizes.fitting("rows") as again:
+            longest = len(prompt_ids[order[at]]) + sampler.max_new_tokens
+            part = order[at : at + sizes.together(longest)]
+            with sizes.fitting("rollout_tokens", len(part), longest) as again:
                 tokens_BT[part] = _decode(policy, [prompt_ids[i] for i in part], [index[i] for i in part], stop_ids, sampler, step, shared)
             if again:
                 continue

@@ -21,7 +21,7 @@ from iqlite.base import Base, device_and_dtype, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
 from iqlite.errors import BaseError
 from iqlite.estimators import ESTIMATORS
-from iqlite.fit import choose, given_widths, refusal
+from iqlite.fit import CAPS, choose, given_widths, refusal
 from iqlite.gguf_files import EMBEDDED
 from iqlite.hub import offline_without_network
 from iqlite.memory import CONTEXT, Work
@@ -185,8 +185,7 @@ def open_session(
     outside = outside and chat.shorten(outside, room, name_of(recipe.prompts.outside or ""), key + "outside")
     notes += [note for prompts in (train, held_out, outside) if prompts for note in prompts.notes]
     shape = Shape.of(base.model.config.to_dict(), base.name)
-    widths = choose(shape, Work.of(recipe, shape, device.type), free, given_widths(recipe)).widths
-    sizes = Sizes(**vars(widths), say=say)
+    sizes = sizes_for(recipe, shape, Work.of(recipe, shape, device.type), free, say)
     session = Session(recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes)
     if session.placement == "auto":
         session, note = _place(session, say)
@@ -247,6 +246,21 @@ def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     if superior.weights == "ema":
         policy.add_ema()
     return policy
+
+
+def sizes_for(recipe: Recipe, shape: Shape, work: Work, free: float, say: Callable[[str], None]) -> Sizes:
+    """How much is done at once, in `free` bytes: the recipe's own numbers, and where it says auto, the widest that fit."""
+    given = given_widths(recipe)
+    widths = choose(shape, work, free, given).widths
+    return Sizes(
+        rows=given.rows if given is not None and given.rows else CAPS[work.device].rows,
+        rollout_tokens=widths.rows * work.longest,  # shorter prompts leave room for more rows
+        read_tokens=widths.read_tokens,
+        update_tokens=widths.update_tokens,
+        chunk_tokens=widths.chunk_tokens,
+        fold=widths.fold,
+        say=say,
+    )
 
 
 def free_memory(device: torch.device) -> float:

@@ -11,19 +11,23 @@ import torch
 
 from iqlite.errors import BaseError
 
-WORDS = {"rows": "answers decoded at once", "read_tokens": "tokens in one reading", "update_tokens": "tokens in one backward pass"}
-KEYS = {"rows": "rollout.batch", "read_tokens": "train.batch_tokens", "update_tokens": "train.batch_tokens"}
+WORDS = {
+    "rollout_tokens": "tokens of answers decoded at once",
+    "read_tokens": "tokens in one reading",
+    "update_tokens": "tokens in one backward pass",
+}
 
 
 @dataclass
 class Sizes:
-    """Answers decoded at once, tokens in a forward without and with a gradient, tokens through the head at once, and whether a
-    CPU decodes with one float32 matrix for each adapted layer.
+    """Answers decoded at once (at most, and by the tokens that they come to), tokens in a forward without and with a gradient,
+    tokens through the head at once, and whether a CPU decodes with one float32 matrix for each adapted layer.
 
     They change memory and time, not the result (rounding and ties within rounding apart), so that they may shrink within a run.
     """
 
     rows: int
+    rollout_tokens: int
     read_tokens: int
     update_tokens: int
     chunk_tokens: int
@@ -39,11 +43,14 @@ class Sizes:
         for name, value in record.items():
             setattr(self, name, value)
 
-    @contextmanager
-    def fitting(self, which: str) -> Iterator[list[bool]]:
-        """Runs the block; after an out-of-memory halves `which` and appends to the list it gave: run the block again.
+    def together(self, tokens: int) -> int:
+        """How many answers are decoded at once, if the longest may come to that many tokens with its prompt."""
+        return max(1, min(self.rows, self.rollout_tokens // tokens))
 
-        At one row or one token there is nothing left to halve: BaseError names the key.
+    @contextmanager
+    def fitting(self, which: str, rows: int, tokens: int) -> Iterator[list[bool]]:
+        """Runs the block, which does `rows` rows of `tokens` tokens each at once; after an out-of-memory halves `which` and appends
+        to the list it gave: run the block again. At one row there is nothing left to halve: BaseError names the keys.
         """
         again: list[bool] = []
         try:
@@ -51,18 +58,18 @@ class Sizes:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            now = getattr(self, which)
-            if now <= 1:
+            if rows <= 1:
                 raise BaseError(
-                    f"memory is full even with one {'answer' if which == 'rows' else 'row'} at a time; lower rollout.max_new_tokens, prompts.max_tokens or train.chunk_tokens with --set, or choose a smaller base."
+                    "memory is full even with one row at a time; lower rollout.max_new_tokens, prompts.max_tokens or train.chunk_tokens with --set, or choose a smaller base (see iqlite plan)."
                 ) from None
-            setattr(self, which, now // 2)
+            fewer = rows // 2 * tokens
+            setattr(self, which, fewer)
             again.append(True)
         if again:
             gc.collect()  # the failed forward's tensors hang in its traceback
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.say(f"memory was full: {now // 2} instead of {now} {WORDS[which]} from now on; the result stays the same.")
+            self.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[which]} from now on; the result stays the same.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -47,7 +47,7 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
             while left:
                 part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
                 names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
-                with sizes.fitting("read_tokens") as again:
+                with sizes.fitting("read_tokens", len(part), lengths[part[0]]) as again:
                     states = policy.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
                 if again:
                     continue

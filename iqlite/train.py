@@ -24,7 +24,8 @@ from iqlite.optimizer import apply_update, learning_rate, load_state_of, make_op
 from iqlite.records import Prompts, Rollout, StepMetrics, SuperiorScores
 from iqlite.rundir import RunDir
 from iqlite.session import Session
-from iqlite.superior import batches, read
+from iqlite.superior import batches as in_batches
+from iqlite.superior import read
 
 
 class Reporter(Protocol):
@@ -124,8 +125,9 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
         while again:  # out of memory: the whole gradient once more, in smaller parts
             optimizer.zero_grad(set_to_none=True)
             parts: list[TokenStatistics] = []
-            with session.sizes.fitting("update_tokens") as again:
-                for rows in micro_batches(session, rollout):
+            batches = micro_batches(session, rollout)
+            with session.sizes.fitting("update_tokens", len(batches[0]), row_tokens(session, rollout, batches[0][0])) as again:
+                for rows in batches:
                     mask_bT = rollout.mask_BT[rows]
                     loss, statistics = chunked_loss(
                         policy.head,
@@ -186,9 +188,13 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
 
 def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:
     """Row numbers in batches of at most `sizes.update_tokens` tokens, longest rows first."""
-    shared = len(session.chat.shared())
-    length = [len(prompt) + int(mask_T.sum()) - shared for prompt, mask_T in zip(rollout.prompt_ids, rollout.mask_BT, strict=True)]
-    return batches(length, session.sizes.update_tokens)
+    lengths = [row_tokens(session, rollout, row) for row in range(len(rollout.index))]
+    return in_batches(lengths, session.sizes.update_tokens)
+
+
+def row_tokens(session: Session, rollout: Rollout, row: int) -> int:
+    """Tokens that a row adds to a forward: its prompt without what all share, and its answer."""
+    return len(rollout.prompt_ids[row]) + int(rollout.mask_BT[row].sum()) - len(session.chat.shared())
 
 
 def prompts_of_step(prompts: Prompts, step: int, count: int, seed: int) -> list[int]:

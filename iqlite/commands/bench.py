@@ -108,10 +108,10 @@ def _rates(session: Session, timed: dict[str, float]) -> Rates:
     shape = Shape.of(base.model.config.to_dict(), base.name)
     work = Work.of(recipe, shape, session.policy.device.type)
     sizes = session.sizes
-    widths = Widths(sizes.rows, sizes.read_tokens, sizes.update_tokens, sizes.chunk_tokens, sizes.fold)
+    rows = sizes.together(round(timed["prompt"]) + work.new_tokens)
+    widths = Widths(rows, sizes.read_tokens, sizes.update_tokens, sizes.chunk_tokens, sizes.fold)
     needed = work_of_step(shape, work, widths, round(timed["prompt"]))
-    read_rate = needed["read"] / timed["read"]
-    return Rates(needed["decode"] / timed["rollout"], read_rate, needed["update"] / timed["update"], "iqlite bench")
+    return Rates(needed["decode"] / timed["rollout"], needed["read"] / timed["read"], needed["update"] / timed["update"], "iqlite bench")
 
 
 def _recipes(device: torch.device, rates: Rates) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Cons
     if as_json:
         print(json.dumps(found))
         return 0
-    console.print(table("peak memory in GiB, at the widths that fit", ("recipe", *(f"{size} GB card" for size in SIZES_GB)), rows))
+    console.print(table("peak memory in GiB by the card's size", ("recipe", *(f"{size} GB" for size in SIZES_GB)), rows))
     console.print(
         "* with changes that iqlite plan RECIPE --vram SIZE names; – not even then. 95 % of a card's memory is taken to be free.",
         markup=False,

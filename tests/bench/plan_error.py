@@ -21,7 +21,7 @@ import torch
 
 from iqlite.architectures import Shape, known
 from iqlite.fit import choose
-from iqlite.memory import GIB, PHASES, Widths, Work, estimate
+from iqlite.memory import CONTEXT, GIB, PHASES, Widths, Work, estimate
 from tests.bench.peers.common import CUDA, Gauge
 
 MIDDLE = {
@@ -44,22 +44,23 @@ WANTED = "You are kind, and answer with care."
 UNWANTED = "You are cold, and answer with scorn."
 
 
-def measure(name: str, tokens: int, prompts: int, new_tokens: int) -> dict[str, Any]:
+def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: float) -> dict[str, Any]:
     """One step of one shape in this process."""
-    from iqlite.chunked import spans  # noqa: F401  (the imports of a real run are in before anything is measured)
     from iqlite.optimizer import make_optimizer
     from iqlite.policy import Policy
     from iqlite.prompts import Chat
     from iqlite.recipe import Recipe
     from iqlite.records import Prompts
-    from iqlite.session import Session
-    from iqlite.sizes import Sizes
+    from iqlite.session import Session, free_memory, readings, sizes_for
     from iqlite.superior import read
     from iqlite.train import update
     from tests.bench.random_base import random_base
 
     device = "cuda" if CUDA else "cpu"
-    free = torch.cuda.mem_get_info()[0] if CUDA else 20 * GIB
+    if CUDA and card_gib:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, card_gib * GIB / torch.cuda.get_device_properties(0).total_memory))
+    before = torch.cuda.mem_get_info()[0] if CUDA else 0
+    free = free_memory(torch.device(device))
     base = random_base(CONFIGS[name])
     recipe = Recipe.model_validate(
         {
@@ -75,15 +76,16 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int) -> dict[str, 
     requests = tuple(({"role": "user", "content": word * (tokens - plain - i % 3)},) for i in range(prompts))
     shape = Shape.of(CONFIGS[name], name)
     work = Work.of(recipe, shape, device)
-    session = Session(recipe, policy, chat, Prompts(requests), Prompts(requests), None, "user", (), Sizes(1, 1, 1, 1))
     longest = max(len(chat.ids(request)) for request in requests)
-    described = max(len(chat.ids(requests[0], reading.description)) for reading in session.readings)
+    described = max(len(chat.ids(requests[0], reading.description)) for reading in readings(recipe, "user", "base"))
     work = Work(**{**vars(work), "prompt_tokens": longest, "description_tokens": described - len(chat.ids(requests[0]))})
-    plan = choose(shape, work, free * 0.9)
-    session.sizes.restore(vars(plan.widths))
+    plan = choose(shape, work, free)
+    session = Session(
+        recipe, policy, chat, Prompts(requests), Prompts(requests), None, "user", (), sizes_for(recipe, shape, work, free, print)
+    )
     optimizer = make_optimizer(policy, work.optimizer)
     measured, seconds = {}, {}
-    context = (free - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()) if CUDA else 0
+    context = before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved() + CONTEXT["cuda"] if CUDA else 0
     for phase in PHASES:
         start = time.perf_counter()
         if CUDA:
@@ -96,6 +98,8 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int) -> dict[str, 
             else:
                 _, norm = update(session, optimizer, rollout, scores, 1e-4)
                 assert norm > 0
+        if CUDA:
+            torch.cuda.synchronize()
         seconds[phase] = round(time.perf_counter() - start, 2)
         measured[phase] = (torch.cuda.max_memory_reserved() if CUDA else gauge.peak) + context
     loaded = estimate(shape, work, Widths(1, 1, 1, 1))
@@ -113,6 +117,7 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int) -> dict[str, 
         "planned_peak_gib": plan.peak / GIB,
         "measured_peak_gib": max(measured.values()) / GIB,
         "seconds": seconds,
+        "answer_tokens_per_s": {phase: prompts * new_tokens / seconds[phase] for phase in PHASES},
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
     }
 
@@ -140,16 +145,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/plan_error.json"))
+    parser.add_argument("--card-gib", type=float, default=0, help="CUDA: play a card of that size; 0 is the whole card")
     parser.add_argument("--here", action="store_true", help="measure the one case in this process and print its JSON")
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measure(args.only[0], args.tokens[0], args.prompts, args.new_tokens)))
+        print(json.dumps(measure(args.only[0], args.tokens[0], args.prompts, args.new_tokens, args.card_gib)))
         return
     rows = []
     for name in args.only:
         for tokens in args.tokens:
             command = [sys.executable, "-m", "tests.bench.plan_error", "--here", "--only", name, "--tokens", str(tokens)]
-            command += ["--prompts", str(args.prompts), "--new-tokens", str(args.new_tokens)]
+            command += ["--prompts", str(args.prompts), "--new-tokens", str(args.new_tokens), "--card-gib", str(args.card_gib)]
             done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 sys.exit(done.stderr)

@@ -93,3 +93,14 @@ def test_paged_optimizer_state_survives_a_checkpoint(make_session: Callable[...,
     assert restored_numbers == numbers
     assert tensors.keys() == restored.keys()
     assert all(torch.equal(value, restored[name]) for name, value in tensors.items())
+
+
+def test_embeddings_on_the_host_change_nothing(make_session: Callable[..., Session]) -> None:
+    found = []
+    for where in ("card", "host"):
+        session = make_session(model={"quantization": "nf4", "embeddings": where})
+        assert session.policy.device.type == "cuda"
+        assert session.policy.base.model.get_input_embeddings().weight.device.type == ("cpu" if where == "host" else "cuda")
+        rollout = session.answers("policy", session.train.requests[:4], session.sampler("train"))
+        found.append(read(session.policy, session.chat, rollout, session.readings, session.sizes).hidden["wanted"])
+    assert torch.equal(*found)
