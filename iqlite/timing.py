@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -94,8 +94,9 @@ def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int) -
 
 
 def seconds_of_step(shape: Shape, work: Work, widths: Widths, rates: Rates, prompt_tokens: int) -> float:
-    """Seconds of one step: rollout, readings and update."""
-    needed = work_of_step(shape, work, widths, prompt_tokens)
+    """Seconds of one step: rollout, readings and update. Rows are reckoned for the longest prompts: shorter ones decode wider."""
+    rows = max(widths.rows, widths.rows * work.longest // (prompt_tokens + work.new_tokens))
+    needed = work_of_step(shape, work, replace(widths, rows=rows), prompt_tokens)
     return needed["decode"] / rates.decode + needed["read"] / rates.read + needed["update"] / rates.update
 
 
