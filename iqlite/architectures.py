@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from iqlite.errors import BaseError
 
+GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2")  # what transformers can convert, of those whose head is known
 SUPPORTED = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's value types
 _STRING, _ARRAY = 8, 9
@@ -66,6 +67,9 @@ class Shape:
         try:
             fields, tensors = gguf_header(path)
             kind = fields["general.architecture"]
+            if kind not in GGUF_ARCHITECTURES:
+                known_kinds = ", ".join(GGUF_ARCHITECTURES)
+                raise BaseError(f"base {name!r}: a GGUF of architecture {kind!r}, which isn't supported; choose one of: {known_kinds}.")
             found = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}
             heads, hidden = found["attention.head_count"], found["embedding_length"]
             return cls(

@@ -124,7 +124,7 @@ def chunked_loss(
 
     `hidden_nD` are the policy's hidden states (compute dtype) at the positions that predict `tokens_n` (int64); `hidden` the
     readings' [n, D], no gradient. `total_tokens` counts the response tokens of the whole step, so that micro-batches add up to one
-    masked mean. The gradient, not the returned loss, is multiplied by `loss_scale` (float16 compute needs it). Memory beyond the inputs: one [n, D] gradient, and about ten [chunk_tokens, V] float32.
+    masked mean. The gradient, not the returned loss, is multiplied by `loss_scale` (float16 compute needs it). Memory beyond the inputs: one [n, D] gradient, and about fourteen [chunk_tokens, V] float32.
     """
     gradient_nD = torch.zeros_like(hidden_nD)
     loss = torch.zeros((), dtype=torch.float64)

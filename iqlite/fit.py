@@ -52,7 +52,7 @@ LEAST_HARM: tuple[Change, ...] = (
     ('model.embeddings = "host"', lambda work: replace(work, on_card=False)),
     ('train.checkpointing = "on"', lambda work: replace(work, checkpointing=True)),
     ('train.optimizer = "paged-adamw-8bit"', lambda work: replace(work, optimizer="paged-adamw-8bit")),
-    ('superior.weights = "base"', lambda work: replace(work, adapters=0)),
+    ('superior.weights = "base"', lambda work: replace(work, ema=False)),
     ('model.quantization = "nf4"', lambda work: replace(work, quantization="nf4")),
     ("prompts.max_tokens = 256", lambda work: replace(work, prompt_tokens=min(256, work.prompt_tokens))),
     ("rollout.max_new_tokens = 128", lambda work: replace(work, new_tokens=min(128, work.new_tokens))),
@@ -92,8 +92,8 @@ def refusal(recipe: Recipe, shape: Shape, work: Work, free: float) -> str | None
     where = "card" if work.device == "cuda" else "memory"
     said = f"{recipe.path} needs {plan.peak / GIB:.1f} GiB and {free / GIB:.1f} GiB of this machine's {where} are free"
     if smaller.peak <= free:
-        return f"{said}; {' and '.join(changes)} would make it {smaller.peak / GIB:.1f} GiB (see iqlite plan), or go on with --force."
-    return f"{said}; no setting makes it fit (the least is {smaller.peak / GIB:.1f} GiB): choose a smaller base, or go on with --force."
+        return f"{said}; {' and '.join(changes)} would make it {smaller.peak / GIB:.1f} GiB (see iqlite plan), or go on all the same with --force --out NEW."
+    return f"{said}; no setting makes it fit (the least is {smaller.peak / GIB:.1f} GiB): choose a smaller base, or go on all the same with --force --out NEW."
 
 
 def _widest(fits: Callable[[int], bool], least: int, most: int) -> int:

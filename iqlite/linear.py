@@ -30,7 +30,7 @@ def make_lean(model: Any) -> None:
 
 
 def _is_adapted(module: Any) -> bool:
-    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    return hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), torch.nn.Linear)
 
 
 def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from iqlite.architectures import Shape, known
 from iqlite.errors import BaseError
-from iqlite.gguf_files import find_gguf
+from iqlite.gguf_files import EMBEDDED, find_gguf
 from iqlite.hub import offline_without_network
 from iqlite.recipe import Behavior, Principle, Recipe, readings_of
 
@@ -48,7 +48,8 @@ class Work:
     quantization: str
     on_card: bool  # the embedding table
     rank: int
-    adapters: int  # beside the trained one: an average, or what the estimator reads
+    ema: bool  # a slow average beside the trained adapter
+    adapters: int  # others that the estimator reads
     prompts: int
     answers: int  # at most at once: of a step or of an evaluation
     prompt_tokens: int
@@ -65,13 +66,13 @@ class Work:
         texts, readings = _descriptions(recipe)
         longest = max((_tokens(text) for text in texts), default=0)
         room = shape.context - rollout.max_new_tokens - longest
-        extra = [superior.weights == "ema", superior.adapter, superior.unwanted_adapter]
         return cls(
             device=device,
             quantization=recipe.model.quantization,
             on_card=device == "cpu" or shape.tied or recipe.model.embeddings == "card",
             rank=recipe.adapter.rank,
-            adapters=sum(map(bool, extra)),
+            ema=superior.weights == "ema",
+            adapters=(superior.adapter is not None) + (superior.unwanted_adapter is not None),
             prompts=rollout.prompts_per_step,
             answers=max(rollout.prompts_per_step, recipe.prompts.eval_count),
             prompt_tokens=max(1, min(recipe.prompts.max_tokens, room, _longest_prompt(recipe))),
@@ -129,7 +130,7 @@ def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:
 
 def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> Shape:
     """The shape of a base by its recipe name: a GGUF file's header, a folder's config.json, the package's list, or the hub's config.json."""
-    gguf = find_gguf(name, beside)
+    gguf = None if name == EMBEDDED else find_gguf(name, beside)
     if gguf is not None:
         return Shape.of_gguf(gguf, name)
     for folder in (beside / Path(name).expanduser(), Path(name).expanduser()):
@@ -169,7 +170,8 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
     return weights | {
         "embeddings": matrix * work.on_card + norms,
         "head": 0.0 if shape.tied else float(matrix),
-        "adapter": 4.0 * trained * (1 + work.adapters),
+        "adapter": 4.0 * trained * (1 + work.ema + work.adapters),
+        "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
         {"cuda": "CUDA context", "cpu": "process after imports"}[work.device]: float(CONTEXT[work.device]),
     }
@@ -187,9 +189,9 @@ def _rollout(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
 
 def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     row = work.longest + work.description_tokens
-    tokens = min(max(widths.read_tokens, row), work.readings * work.prompts * row)
+    most = max(work.readings * work.prompts, (work.readings + 1) * work.answers)  # an evaluation reads by the policy too
+    tokens = min(max(widths.read_tokens, row), most * row)
     return {
-        "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,
         "activations": float(tokens * (_passing(shape, work) + shape.hidden * work.bytes)),
         "dequantised weights": _dequantised(shape, work),
     }

@@ -247,7 +247,13 @@ def check_adapter(folder: Path, base: Base) -> None:
         raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
     if "lm_head" in str(config.get("target_modules")):
         raise AdapterError(f"{folder} adapts the LM head, which stays the base's here: train one on the other linear layers.")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("modules_to_save") or config.get("use_dora"):
+    if (
+        config.get("peft_type") != "LORA"
+        or config.get("bias", "none") != "none"
+        or config.get("modules_to_save")
+        or config.get("use_dora")
+        or config.get("lora_bias")
+    ):
         raise AdapterError(f"{folder} isn't a plain LoRA (bias, DoRA and modules_to_save change the base too): train a plain one.")
     made_on = Identity.read(folder)
     if made_on is not None:

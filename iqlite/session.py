@@ -272,7 +272,10 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cpu":
         import psutil
 
-        return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+        free = float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+        text = limit.read_text("utf-8").strip() if limit.exists() else "max"
+        return min(free, float(text)) if text.isdigit() else free
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_reserved(device)
     if os.name == "nt":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,9 +40,10 @@ class Sizes:
         return {name: value for name, value in asdict(self).items() if name != "say"}
 
     def restore(self, record: dict[str, int]) -> None:
-        """Puts recorded numbers back."""
+        """Puts recorded numbers back; whether to fold is this machine's."""
         for name, value in record.items():
-            setattr(self, name, value)
+            if name != "fold":
+                setattr(self, name, value)
 
     def together(self, tokens: int) -> int:
         """How many answers are decoded at once, if the longest may come to that many tokens with its prompt."""
@@ -58,6 +60,7 @@ class Sizes:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            traceback.clear_frames(error.__traceback__)  # the failed forward's tensors hang in its frames
             if rows <= 1:
                 raise BaseError(
                     "memory is full even with one row at a time; lower rollout.max_new_tokens, prompts.max_tokens or train.chunk_tokens with --set, or choose a smaller base (see iqlite plan)."
@@ -66,7 +69,7 @@ class Sizes:
             setattr(self, which, fewer)
             again.append(True)
         if again:
-            gc.collect()  # the failed forward's tensors hang in its traceback
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[which]} from now on; the result stays the same.")
@@ -74,4 +77,4 @@ class Sizes:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for a card's or a CPU allocator's out-of-memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

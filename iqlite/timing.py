@@ -32,6 +32,7 @@ class Rates:
     read: float
     update: float
     source: str
+    machine: str = ""
 
     @classmethod
     def of_card(cls, name: str) -> Rates:
@@ -41,13 +42,26 @@ class Rates:
         return cls(REACHED["decode"] * 1e9 * card["bandwidth_gb_s"], REACHED["read"] * tflops, REACHED["update"] * tflops, "the data sheet")
 
     @classmethod
-    def of_this_machine(cls) -> Rates | None:
-        """What `iqlite bench` measured here; None before it ran."""
+    def measured(cls, machine: str) -> Rates | None:
+        """What `iqlite bench` measured on a machine of that name ("cpu", or the card's); None before it ran there."""
         try:
-            found = json.loads((cache_folder() / BENCH_FILE).read_text("utf-8"))["rates"]
-            return cls(**found)
+            found = cls(**json.loads((cache_folder() / BENCH_FILE).read_text("utf-8"))["rates"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        return found if found.machine == machine else None
+
+    @classmethod
+    def here(cls, card: str) -> Rates | None:
+        """A card's: measured or by the data sheet, whichever is quicker (small models are bound by launching kernels)."""
+        try:
+            sheet = cls.of_card(card_named(card))
+        except RecipeError:
+            return cls.measured(card)
+        measured = cls.measured(card)
+        if measured is None:
+            return sheet
+        quicker = {name: max(getattr(sheet, name), getattr(measured, name)) for name in ("decode", "read", "update")}
+        return replace(measured, **quicker)
 
     def record(self) -> dict[str, Any]:
         """For bench.json."""
@@ -66,10 +80,11 @@ def card_named(name: str) -> str:
     import difflib
 
     plain = {key.lower(): key for key in cards()}
-    asked = name.lower().replace("nvidia", "").replace("geforce", "").replace("  ", " ").strip()
-    asked = asked.replace(" gb", "gb")
-    if asked in plain:
-        return plain[asked]
+    asked = name.lower().replace(" gb", "gb").replace("laptop gpu", "laptop")
+    words = set(asked.replace("-", " ").split()) - {"nvidia", "geforce", "tesla"}
+    within = [key for key in plain if set(key.split()) <= words]
+    if within:
+        return plain[max(within, key=len)]
     near = difflib.get_close_matches(asked, plain, 3, 0.5) or list(plain)[:3]
     raise RecipeError(f"--card {name!r} isn't a card in the list; did you mean {', '.join(plain[n] for n in near)}? Or give --vram 8GB.")
 

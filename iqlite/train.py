@@ -126,24 +126,10 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
             optimizer.zero_grad(set_to_none=True)
             parts: list[TokenStatistics] = []
             batches = micro_batches(session, rollout)
-            with session.sizes.fitting("update_tokens", len(batches[0]), row_tokens(session, rollout, batches[0][0])) as again:
+            widest = max(batches, key=len)
+            with session.sizes.fitting("update_tokens", len(widest), row_tokens(session, rollout, widest[0])) as again:
                 for rows in batches:
-                    mask_bT = rollout.mask_BT[rows]
-                    loss, statistics = chunked_loss(
-                        policy.head,
-                        policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
-                        rollout.tokens_BT[rows][mask_bT],
-                        {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
-                        session.scoring,
-                        session.objective,
-                        total_tokens=total_tokens,
-                        chunk_tokens=session.sizes.chunk_tokens,
-                        loss_scale=policy.loss_scale,
-                        old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
-                        advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
-                    )
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    parts.append(statistics)
+                    parts.append(_backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
         first = first or TokenStatistics.join(parts)
         norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
         optimizer.zero_grad(set_to_none=True)  # the next rollout can use their memory
@@ -151,6 +137,34 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
             policy.update_ema(recipe.superior.ema_rate)
     assert first is not None
     return first, norm
+
+
+def _backward(
+    session: Session,
+    rollout: Rollout,
+    scores: SuperiorScores,
+    rows: list[int],
+    total_tokens: int,
+    old_logp_BT: torch.Tensor | None,
+    advantage_BT: torch.Tensor | None,
+) -> TokenStatistics:
+    """Adds some rows' part of the gradient. A function of its own: after an out-of-memory nothing of its graph stays alive."""
+    policy, mask_bT = session.policy, rollout.mask_BT[rows]
+    loss, statistics = chunked_loss(
+        policy.head,
+        policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
+        rollout.tokens_BT[rows][mask_bT],
+        {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
+        session.scoring,
+        session.objective,
+        total_tokens=total_tokens,
+        chunk_tokens=session.sizes.chunk_tokens,
+        loss_scale=policy.loss_scale,
+        old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
+        advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    return statistics
 
 
 def policy_states(session: Session, rollout: Rollout, rows: list[int]) -> torch.Tensor:
@@ -328,5 +342,5 @@ def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -
         session.policy.load_state(part("ema."), "ema")
     load_state_of(optimizer, part("optimizer."), state["optimizer"])
     session.policy.loss_scale = state["loss_scale"]
-    session.sizes.restore(state["sizes"])
+    session.sizes.restore(state.get("sizes", {}))
     return state["step"] + 1, Monitors.restore(state["monitors"]), state["stopped"]

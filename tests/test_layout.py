@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("errors", "records"),
-    ("hub", "estimators", "objectives"),
-    ("recipe", "gguf_files", "architectures"),
+    ("hub", "estimators", "objectives", "architectures"),
+    ("recipe", "gguf_files"),
     ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes", "memory"),
     ("chunked", "terminal", "fit", "timing"),
     ("policy",),

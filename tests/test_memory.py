@@ -116,7 +116,7 @@ def test_advice_comes_in_the_order_of_least_harm_and_makes_it_fit() -> None:
     assert changes[0] == 'model.embeddings = "host"'
     assert plan.peak <= 5.9 * GIB
     order = [change for change, _ in LEAST_HARM]
-    many, least = advice(shape, replace(work, quantization="none", optimizer="adamw", checkpointing=False, adapters=1), 2 * GIB)
+    many, least = advice(shape, replace(work, quantization="none", optimizer="adamw", checkpointing=False, ema=True), 2 * GIB)
     assert [order.index(change) for change in many] == sorted(order.index(change) for change in many)
     assert least.peak > 2 * GIB
     assert advice(shape, work, 80 * GIB)[0] == []
@@ -141,10 +141,12 @@ def test_cards_are_found_by_name_and_near_ones_named() -> None:
 def test_rates_give_measured_seconds_back() -> None:
     shape, work = work_on_a_card(LLAMA_7B)
     widths = Widths(8, 4096, 2048, 64)
-    needed = work_of_step(shape, work, widths, 100)
+    prompt = work.longest - work.new_tokens
+    needed = work_of_step(shape, work, widths, prompt)
     rates = Rates(needed["decode"] / 3, needed["read"] / 2, needed["update"] / 4, "here")
-    assert seconds_of_step(shape, work, widths, rates, 100) == pytest.approx(9)
-    assert seconds_of_step(shape, work, replace(widths, rows=32), rates, 100) < 9
+    assert seconds_of_step(shape, work, widths, rates, prompt) == pytest.approx(9)
+    assert seconds_of_step(shape, work, replace(widths, rows=32), rates, prompt) == pytest.approx(3 / 4 + 6)
+    assert seconds_of_step(shape, work, widths, rates, prompt // 2) < 9
 
 
 def test_what_has_no_shape_is_one_sentence(tmp_path: Path) -> None:

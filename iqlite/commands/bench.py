@@ -20,7 +20,7 @@ from iqlite.memory import Widths, Work, shape_of
 from iqlite.optimizer import make_optimizer
 from iqlite.recipe import load_recipe, shipped_recipes
 from iqlite.records import Rollout
-from iqlite.session import Session, free_memory, open_session
+from iqlite.session import Session, free_memory, open_session, within_memory
 from iqlite.superior import read
 from iqlite.terminal import duration, facts, table
 from iqlite.timing import BENCH_FILE, Rates, seconds_of_step, steps_of, typical_prompt, work_of_step
@@ -35,19 +35,21 @@ RATE = 1e-6  # of the updates; their cost is what counts
 def run(recipe_path: Path | None, *, steps: int, as_json: bool, console: Console) -> int:
     """Measures a recipe's first steps after a warm-up, writes bench.json into the cache folder; returns the exit code."""
     recipe = load_recipe(recipe_path or shipped_recipes() / RECIPE, [] if recipe_path else ["behavior.placement=user"])
-    session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"), must_fit=True)
-    measured = _steps(session, steps, console)
+    with within_memory(recipe, "in a recipe of your own"):
+        session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
+        measured = _steps(session, steps, console)
     timed = {name: statistics.median(row[name] for row in measured) for name in (*PHASES, "tokens", "prompt")}
     device = session.policy.device
+    peak = peak_gib(device)
     stream = stream_rate(device)
     rates = _rates(session, timed)
     minutes = _recipes(device, rates)
     found: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "machine": _machine(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "base": session.policy.base.name,
         "seconds": {name: timed[name] for name in PHASES},
         "tokens_per_s": {name: timed["tokens"] / timed[name] for name in PHASES},
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak,
         "memory_gb_per_s": stream / 1e9,
         "bandwidth_share": rates.decode / stream,
         "rates": rates.record(),
@@ -111,7 +113,17 @@ def _rates(session: Session, timed: dict[str, float]) -> Rates:
     rows = sizes.together(round(timed["prompt"]) + work.new_tokens)
     widths = Widths(rows, sizes.read_tokens, sizes.update_tokens, sizes.chunk_tokens, sizes.fold)
     needed = work_of_step(shape, work, widths, round(timed["prompt"]))
-    return Rates(needed["decode"] / timed["rollout"], needed["read"] / timed["read"], needed["update"] / timed["update"], "iqlite bench")
+    return Rates(
+        needed["decode"] / timed["rollout"],
+        needed["read"] / timed["read"],
+        needed["update"] / timed["update"],
+        "iqlite bench",
+        _machine(session.policy.device),
+    )
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _recipes(device: torch.device, rates: Rates) -> list[dict[str, Any]]:

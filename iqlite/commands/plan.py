@@ -40,6 +40,8 @@ def run(
     as_json: bool, console: Console,
 ) -> int:  # fmt: skip
     """Prints the plan, or with `everything` the table of recipes and card sizes; returns 0 if the recipe fits, else 1."""
+    if everything and (vram or card or device):
+        raise RecipeError("--all is about cards of six sizes: leave --vram, --card and --device out, or name one recipe.")
     if everything:
         return _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
     if recipe_path is None:
@@ -79,7 +81,7 @@ def run(
         whole = f", {duration(seconds * steps)} for {steps} steps" if steps else ""
         told["time"] = f"about {_short(seconds)} a step{whole}, with prompts of about {prompt} tokens (rates from {machine.rates.source})"
     else:
-        told["time"] = "unknown until this machine was measured: iqlite bench"
+        told["time"] = "unknown: name the card with --card" if vram else "unknown until this machine was measured: iqlite bench"
     facts(console, told)
     return 0 if fits else 1
 
@@ -156,13 +158,13 @@ def _machine(vram: str | None, card: str | None, device: str | None) -> Machine:
         return Machine("cuda", _size(vram), "a card", None)
     here = None if device == "cpu" else _card_here()
     if here is not None:
-        return Machine("cuda", here[1], here[0], Rates.of_this_machine() or _sheet(here[0]))
+        return Machine("cuda", here[1], here[0], Rates.here(here[0]))
     if device == "cuda":
         raise RecipeError("--device cuda: no card answers here (nvidia-smi); say which one is meant with --card or --vram.")
     import psutil
 
     memory = psutil.virtual_memory()
-    return Machine("cpu", float(memory.available), f"this machine's CPU, {memory.total / GIB:.0f} GiB", Rates.of_this_machine())
+    return Machine("cpu", float(memory.available), f"this machine's CPU, {memory.total / GIB:.0f} GiB", Rates.measured("cpu"))
 
 
 def _size(text: str) -> float:
@@ -181,11 +183,4 @@ def _card_here() -> tuple[str, float] | None:
         name, free = asked.stdout.splitlines()[0].rsplit(",", 1)
         return name.strip(), float(free) * 2**20
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return None
-
-
-def _sheet(name: str) -> Rates | None:
-    try:
-        return Rates.of_card(card_named(name))
-    except RecipeError:
         return None

@@ -30,7 +30,9 @@ def run(
     existing = _existing(path, recipe_path, resume=resume, force=force)
     placement = existing.environment()["placement"] if existing else None
     with within_memory(recipe, "with --set, and start again with --force"):
-        session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement, must_fit=not force)
+        session = open_session(
+            recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement, must_fit=not (force or resume)
+        )
     found = environment(session)
     parameters = sum(p.numel() for p in session.policy.parameters.values())
     check_space(path, ADAPTERS_ON_DISK * 4 * parameters)
