@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,12 @@ from iqlite.chunked import Head, Scoring, chunked_loss, chunked_statistics
 from iqlite.errors import BaseError
 from iqlite.estimators import ESTIMATORS
 from iqlite.objectives import OBJECTIVES
+from iqlite.optimizer import make_optimizer
 from iqlite.recipe import readings_of
 from iqlite.records import Chunk
+from iqlite.session import Session
+from iqlite.superior import read
+from iqlite.train import update
 from tests.tiny import ARCHITECTURES, make_model
 
 N, D, V = 23, 16, 40
@@ -154,3 +160,23 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
             )  # fmt: skip
             loss.backward()
         assert largest.elements <= max(chunk_tokens * vocabulary, D * vocabulary)  # a chunk's logits, or the head's own weight
+
+
+@pytest.mark.parametrize("objective", ["squared", "full-kl"])
+def test_a_whole_step_makes_no_tensor_of_all_logits(
+    objective: str, tiny: Callable[..., Path], make_session: Callable[..., Session]
+) -> None:
+    """Rollout, readings and update at a real vocabulary: nothing grows with B·T·V, only a chunk, a decoded column and the head do."""
+    vocabulary, hidden, prompts, new_tokens = 152_064, 16, 4, 24
+    session = make_session(
+        model={"base": str(tiny(vocab_size=vocabulary, hidden_size=hidden))},
+        objective={"name": objective},
+        rollout={"prompts_per_step": prompts, "max_new_tokens": new_tokens},
+        train={"chunk_tokens": 8},
+    )
+    with Largest() as largest:
+        rollout = session.answers("policy", session.train.requests[:prompts], session.sampler("train"))
+        scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
+        update(session, make_optimizer(session.policy, "adamw"), rollout, scores, 1e-3)
+    assert int(rollout.mask_BT.sum()) > 2 * hidden
+    assert largest.elements <= hidden * vocabulary  # the head's own weight; a chunk is half of it, all logits would be over twice
