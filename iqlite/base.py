@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import logging
 import os
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +24,7 @@ from torch import nn
 from iqlite.architectures import SUPPORTED
 from iqlite.errors import BaseError
 from iqlite.gguf_files import convert_gguf, find_gguf
-
-IDENTITY_FILE = "iqlite.json"
-IDENTITY_TOLERANCE = 2.0**-7  # relative; what bfloat16, float16 and float32 copies of one weight may differ by
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells one base from another, whatever its folder is called and its dtype is: its shape and some of its weights."""
-
-    name: str
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    weights: tuple[float, ...]
-
-    @classmethod
-    def of(cls, name: str, model: Any) -> Identity:
-        config, found = model.config, []
-        for weight, count in ((model.get_decoder().norm.weight, 16), (model.get_output_embeddings().weight, 48)):
-            at = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long()
-            found += weight.detach().flatten()[at.to(weight.device)].float().tolist()
-        return cls(name, config.model_type, config.vocab_size, config.hidden_size, config.num_hidden_layers, tuple(found))
-
-    def same_base(self, other: Identity) -> bool:
-        """True if both describe the same weights, in whatever 16- or 32-bit type; two hub ids that differ never do."""
-        shape, other_shape = ((i.model_type, i.vocab_size, i.hidden_size, i.layers) for i in (self, other))
-        if shape != other_shape or (is_hub_id(self.name) and is_hub_id(other.name) and self.name != other.name):
-            return False
-        return all(abs(a - b) <= IDENTITY_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(self.weights, other.weights, strict=True))
-
-    def write(self, folder: Path) -> None:
-        (folder / IDENTITY_FILE).write_text(json.dumps({"base": asdict(self)}, indent=2) + "\n", "utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> Identity | None:
-        """The identity beside an adapter that iqlite wrote; None for an adapter from elsewhere."""
-        try:
-            fields = json.loads((folder / IDENTITY_FILE).read_text("utf-8"))["base"]
-            return cls(**{**fields, "weights": tuple(fields["weights"])})
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise BaseError(f"{folder / IDENTITY_FILE} can't be read ({error}): delete it or save the adapter again.") from None
+from iqlite.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -152,7 +108,14 @@ def load_base(
         embed_on_host(model)
     if quantization == "nf4":
         let_go_of_files(model)
-    return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, model))
+    return Base(
+        name,
+        model,
+        tokenizer,
+        dtype,
+        quantization,
+        Identity.of(name, model.config, model.get_decoder().norm.weight, model.get_output_embeddings().weight),
+    )
 
 
 def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str:
@@ -233,11 +196,6 @@ def check_bitsandbytes(device: torch.device) -> None:
         raise BaseError(f'model.quantization = "nf4": bitsandbytes doesn\'t work on this machine ({first_line(error)}): {fix}.') from None
     if not wrong < 0.05:
         raise BaseError(f'model.quantization = "nf4": bitsandbytes multiplies wrongly on this machine (error {wrong:.3g}): {fix}.')
-
-
-def is_hub_id(name: str) -> bool:
-    """True for `owner/model`, as opposed to a path, a prefix or the embedded model."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and Path(name).suffix != ".gguf"
 
 
 def explain(name: str, error: Exception, *, local: bool = False) -> str:

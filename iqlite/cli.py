@@ -153,6 +153,149 @@ def bench(
     raise typer.Exit(verb.run(recipe, steps=steps, as_json=json, console=console(stderr=json)))
 
 
+@app.command()
+def chat(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[RUN | RECIPE | MODEL]", help="A run, a recipe or a model; the newest run without it.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of another adapter of the same base.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the bare base.")] = False,
+    superior: Annotated[bool, typer.Option("--superior", help="Talk to the superior policy: no training is needed.")] = False,
+    strength: Annotated[float | None, typer.Option(help="Strength of the superior's contrast, instead of the recipe's.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one question on standard output and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system text.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    json: Json = False,
+) -> None:
+    """Talk to what was trained, to its base, or to the superior policy before any training."""
+    from iqlite.commands import chat as verb
+    from iqlite.errors import RecipeError
+    from iqlite.terminal import console
+
+    if base and superior:
+        raise RecipeError("--base and --superior are two voices: give one of them.")
+    voice = "base" if base else "superior" if superior else None
+    raise typer.Exit(
+        verb.run(
+            target,
+            adapter=adapter,
+            voice=voice,
+            prompt=prompt,
+            system=system,
+            temperature=temperature,
+            tokens=tokens,
+            seed=seed,
+            strength=strength,
+            as_json=json,
+            console=console(stderr=json),
+        )
+    )
+
+
+class BaseWeights(StrEnum):
+    """Which weights of the base a merge takes."""
+
+    trained = "trained"
+    stored = "stored"
+
+
+class DType(StrEnum):
+    """What merged weights are written as."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Format(StrEnum):
+    """What a run is exported as."""
+
+    peft = "peft"
+    hf = "hf"
+    gguf = "gguf"
+    gguf_adapter = "gguf-adapter"
+    ollama = "ollama"
+
+
+Which = Annotated[str, typer.Option("--adapter", help="Which adapter of the run: adapter or best.")]
+Weights = Annotated[
+    BaseWeights,
+    typer.Option("--base", help="The base's weights as the adapter learned on them (4 bits, dequantised), or as they are stored."),
+]
+Scale = Annotated[float, typer.Option(help="How much of the adapter is added: 1 is as trained.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write it.")]
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Out,
+    adapter: Which = "adapter",
+    base: Weights = BaseWeights.trained,
+    scale: Scale = 1.0,
+    dtype: Annotated[DType | None, typer.Option(help="What is written; by default what the base is stored in.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Measure how far the merged model is from the adapter on its base.")
+    ] = True,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Sum a run's adapter into its base: a model in Hugging Face format, written shard by shard."""
+    from iqlite.commands import merge as verb
+    from iqlite.terminal import console
+
+    kind = dtype.value if dtype else None
+    out_console = console(stderr=json)
+    raise typer.Exit(
+        verb.run(
+            run,
+            out,
+            adapter=adapter,
+            base=base.value,
+            strength=scale,
+            dtype=kind,
+            check=check,
+            force=force,
+            as_json=json,
+            console=out_console,
+        )
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    to: Annotated[Format, typer.Option(help="What for.")],
+    out: Out,
+    quant: Annotated[str | None, typer.Option(help="Type of a GGUF's weights: f16 by default, q8_0, q4_k_m, …")] = None,
+    adapter: Which = "adapter",
+    base: Weights = BaseWeights.trained,
+    scale: Scale = 1.0,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Export what was trained: for PEFT, transformers, llama.cpp, LM Studio or Ollama."""
+    from iqlite.commands import export as verb
+    from iqlite.terminal import console
+
+    raise typer.Exit(
+        verb.run(
+            run,
+            to.value,
+            out,
+            quant=quant.lower() if quant else None,
+            adapter=adapter,
+            base=base.value,
+            strength=scale,
+            force=force,
+            as_json=json,
+            console=console(stderr=json),
+        )
+    )
+
+
 def main() -> None:
     """The console script: errors for people are one sentence on standard error and exit code 2."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business

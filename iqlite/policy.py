@@ -8,7 +8,6 @@ Outside such a block the model is the policy, in training mode, with gradients i
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from iqlite.base import Base, Identity, first_line
+from iqlite.base import Base, first_line
 from iqlite.chunked import Head
 from iqlite.errors import AdapterError
+from iqlite.identity import check_adapter
 from iqlite.keyvalues import Prefix, Seen, before_rows
 from iqlite.linear import folded as into_one
 from iqlite.linear import make_lean
@@ -48,7 +48,7 @@ class Policy:
                 torch.manual_seed(seed)  # LoRA's A is drawn while the adapter is attached
                 self.model: Any = get_peft_model(base.model, config, adapter_name=TRAINED)
         else:
-            check_adapter(start, base)
+            check_adapter(start, base.identity)
             with _fitting(start, base):
                 self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
         self.model.peft_config[TRAINED].base_model_name_or_path = base.name
@@ -160,6 +160,12 @@ class Policy:
             begun.append(made[ids] if shares else None)
         return begun
 
+    def strengthen(self, factor: float) -> None:
+        """Multiplies the trained adapter's part by `factor` from now on: 1 is as trained, 0 the bare base."""
+        for module in self.model.modules():
+            if hasattr(module, "set_scale") and TRAINED in getattr(module, "scaling", {}):
+                module.set_scale(TRAINED, factor)
+
     def add_ema(self) -> None:
         """Adds the slow average, equal to the policy now."""
         self._add("ema", self.model.peft_config[TRAINED], self.state())
@@ -172,7 +178,7 @@ class Policy:
 
     def add_frozen(self, name: str, folder: Path) -> None:
         """Loads another adapter of this base for reading (`acting_as(name)`); AdapterError if it isn't one of this base."""
-        check_adapter(folder, self.base)
+        check_adapter(folder, self.base.identity)
         with _fitting(folder, self.base):
             self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         self._pin()
@@ -230,39 +236,6 @@ def without_dropout(model: Any) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-def check_adapter(folder: Path, base: Base) -> None:
-    """AdapterError unless `folder` holds a plain LoRA in safetensors that was made on this base."""
-    config_file = folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise AdapterError(f"{folder} holds no adapter_config.json: name a folder in PEFT format, such as a run's adapter/ folder.")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise AdapterError(
-            f"{folder} holds no adapter_model.safetensors (pickled weights aren't loaded): save the adapter again as safetensors."
-        )
-    try:
-        config = json.loads(config_file.read_text("utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
-    if "lm_head" in str(config.get("target_modules")):
-        raise AdapterError(f"{folder} adapts the LM head, which stays the base's here: train one on the other linear layers.")
-    if (
-        config.get("peft_type") != "LORA"
-        or config.get("bias", "none") != "none"
-        or config.get("modules_to_save")
-        or config.get("use_dora")
-        or config.get("lora_bias")
-    ):
-        raise AdapterError(f"{folder} isn't a plain LoRA (bias, DoRA and modules_to_save change the base too): train a plain one.")
-    made_on = Identity.read(folder)
-    if made_on is not None:
-        if not made_on.same_base(base.identity):
-            raise AdapterError(f"{folder} was trained on {made_on.name}, not on {base.identity.name}: use it with its own base.")
-    elif Path(str(config.get("base_model_name_or_path"))).name != Path(base.name).name:
-        raise AdapterError(
-            f"{folder} was trained on {config.get('base_model_name_or_path')}, not on {base.name}: use it with its own base."
-        )
 
 
 @contextmanager

@@ -56,6 +56,11 @@ class Chat:
         self.stop_ids = self._stop_ids(generation_eos)
         self._bos = tokenizer.bos_token_id if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else None
 
+    @property
+    def adds_bos(self) -> bool:
+        """True if the tokenizer puts a BOS before every text, so that a runner does too."""
+        return self._bos is not None
+
     def describe(self, request: Messages, description: Description | None) -> Messages:
         """The request with a description's text and demonstrations before it, as turns that the template accepts."""
         turns = list(request)
@@ -113,7 +118,7 @@ class Chat:
         for request in prompts.requests:
             # A token holds at least one byte, so that short texts needn't be tokenised to know that they fit.
             if sum(len(turn["content"].encode()) + 32 for turn in request) + 128 > longest and len(self.ids(request)) > longest:
-                request, cut = self._cut(request, longest), cut + 1
+                request, cut = self.cut(request, longest), cut + 1
             requests.append(request)
         if cut and cut == len(requests):
             raise PromptsError(
@@ -122,7 +127,8 @@ class Chat:
         notes = (f"{source}: {cut} of {len(requests)} prompts were cut from the left to {longest} tokens.",) if cut else ()
         return Prompts(tuple(requests), prompts.notes + notes)
 
-    def _cut(self, request: Messages, longest: int) -> Messages:
+    def cut(self, request: Messages, longest: int) -> Messages:
+        """A request of at most `longest` tokens: earlier turns go first, then the last one's beginning."""
         turns = list(request)
         first = 1 if turns[0]["role"] == "system" else 0
         while len(turns) > first + 2 and len(self.ids(tuple(turns))) > longest:

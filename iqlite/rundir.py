@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from iqlite.errors import RunError
+from iqlite.identity import Identity, check_adapter
 from iqlite.recipe import Recipe, parse_recipe, to_data
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class RunDir:
         """Makes the folder with its recipe lock and environment; RunError if it can't be or exists without `force`."""
         path = path.resolve() if path.is_dir() else path  # "." has no name to rename to
         run = cls(path)
-        with _explained(path):
+        with explained(path):
             if path.exists():
                 if not force:
                     raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
@@ -75,6 +76,17 @@ class RunDir:
     def best(self) -> Path:
         """The adapter with the lowest held-out KL(policy‖superior) so far."""
         return self.path / "best"
+
+    def trained(self, which: str = "adapter") -> Path:
+        """The folder of the run's `adapter` or of its `best` one; RunError if there is no such or training hasn't left it yet."""
+        if which not in ("adapter", "best"):
+            raise RunError(f"--adapter {which!r} isn't one of the run's: adapter (as training left it) or best.")
+        folder = self.path / which
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise RunError(
+                f"{self.path} has no {which}/ yet, its training hasn't finished: go on with iqlite train … --out {self.path} --resume."
+            )
+        return folder
 
     def recipe(self) -> Recipe:
         """The locked recipe."""
@@ -116,7 +128,7 @@ class RunDir:
 
     def write(self, name: str, text: str) -> None:
         """Puts a command's own file into the run."""
-        with _explained(self.path):
+        with explained(self.path):
             self._write(name, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -125,7 +137,7 @@ class RunDir:
 
     def save_folder(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Lets `write` fill a private folder, then puts it in `folder`'s place."""
-        with _explained(self.path):
+        with explained(self.path):
             making, old = folder.with_name(f".making-{folder.name}"), folder.with_name(f".old-{folder.name}")
             for leftover in (making, old):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -169,14 +181,14 @@ class RunDir:
         return sorted((self.path / "checkpoints").glob("step-*"))
 
     def _keep_lines(self, step: int) -> None:
-        with _explained(self.path):
+        with explained(self.path):
             for name in (METRICS, SAMPLES):
                 if (self.path / name).is_file():
                     kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(self.path / name) if line["step"] <= step]
                     self._write(name, "".join(kept))
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with _explained(self.path), (self.path / name).open("a", encoding="utf-8") as file:
+        with explained(self.path), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
@@ -203,14 +215,37 @@ def free_name(folder: Path, name: str) -> Path:
     return path
 
 
-def check_space(path: Path, needed: int) -> None:
-    """RunError if the disk that would hold `path` has less than `needed` bytes free."""
+def check_space(path: Path, needed: int, flag: str = "--out") -> None:
+    """RunError if the disk that would hold `path` has less than `needed` bytes free. `flag` is the option that names another place."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunError(
-            f"{path} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free: free some space, or name another --out."
+            f"{path} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free: free some space, or name another {flag}."
         )
+
+
+def check_adapter_of(run: RunDir, adapter: Path) -> None:
+    """AdapterError, before any weights are read, unless an adapter was made on the run's base."""
+    check_adapter(adapter, Identity.from_record(run.environment()["base"]))
+
+
+def check_place(path: Path, mark: str, *, force: bool) -> None:
+    """RunError unless a new file or folder can be put at `path`: `force` replaces a file, or a folder that holds `mark`."""
+    if not path.exists():
+        return
+    if not force:
+        raise RunError(f"{path} exists already: replace it with --force, or name another -o.")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise RunError(f"{path} isn't a folder that iqlite wrote ({mark} is missing), so --force won't delete it: name another -o.")
+
+
+def replace_with(making: Path, path: Path) -> None:
+    """Puts a finished file or folder in `path`'s place."""
+    with explained(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(making, path)
 
 
 def locked(recipe: Recipe) -> dict[str, Any]:
@@ -237,7 +272,7 @@ def locked(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path, again: str = "go on with --resume") -> Iterator[None]:
     """What a disk can refuse, as one sentence. safetensors wraps the system's error in its own, which is no OSError."""
     from safetensors import SafetensorError
 
@@ -245,9 +280,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
-            raise RunError(f"{path}: no space left on its disk: free some space, then go on with --resume.") from None
+            raise RunError(f"{path}: no space left on its disk: free some space, then {again}.") from None
         raise RunError(
-            f"{path} can't be written ({getattr(error, 'strerror', None) or error}): name another --out, or check the folder's rights."
+            f"{path} can't be written ({getattr(error, 'strerror', None) or error}): name another place, or check the folder's rights."
         ) from None
 
 

@@ -6,13 +6,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from iqlite.monitors import HELD_OUT_KL, Verdict
@@ -33,6 +43,11 @@ def clean(text: str, longest: int | None = None) -> str:
     if longest is not None and len(flat) > longest:
         flat = flat[: longest - 1] + "…"
     return escape(flat)
+
+
+def harmless(text: str) -> str:
+    """A model's text as it may be written to a terminal: line ends stay, other control characters become visible."""
+    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -100,6 +115,22 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@contextmanager
+def bytes_done(out: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes with rate and time left on a terminal, nothing elsewhere; what it yields is told of bytes done."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, disable=not out.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda size: progress.advance(task, size)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 import pytest
 
+from iqlite.cli import main
 from iqlite.recipe import Recipe, parse_recipe
-from iqlite.session import Session, open_session
-from tests.tiny import save_tiny
+from iqlite.rundir import RunDir
+from iqlite.session import Session, environment, open_session
+from tests.tiny import save_tiny, shake
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +65,33 @@ def make_recipe(data: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
 def make_session(make_recipe: Callable[..., Recipe]) -> Callable[..., Session]:
     """make_session(superior={"estimator": "prompted"}, …): an opened session of the small recipe."""
     return lambda **tables: open_session(make_recipe(**tables))
+
+
+@pytest.fixture
+def iqlite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """iqlite(*arguments) → (exit code, standard output, standard error), with tmp_path as working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["iqlite", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def make_run(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., RunDir]:
+    """make_run(model={…}, …) → a run directory whose adapter, of the small recipe, has random values: as good as trained."""
+
+    def make(name: str = "run", **tables: dict[str, Any]) -> RunDir:
+        session = open_session(make_recipe(**tables))
+        shake(session.policy)
+        run = RunDir.create(tmp_path / name, session.recipe, environment(session))
+        run.save_folder(run.adapter, session.policy.save_adapter)
+        return run
+
+    return make

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from iqlite.architectures import SUPPORTED
-from iqlite.base import explain, is_hub_id, load_base, locate
+from iqlite.base import explain, load_base, locate
 from iqlite.errors import BaseError
 from iqlite.gguf_files import EMBEDDED, cache_folder, embedded
+from iqlite.identity import is_hub_id
 from tests.tiny import save_tiny
 
 

@@ -17,27 +17,10 @@ import tomli_w
 import torch
 from safetensors import SafetensorError
 
-from iqlite.cli import main
 from iqlite.policy import Policy
 from tests.tiny import make_tokenizer, save_tiny
 
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets"]
-
-
-@pytest.fixture
-def iqlite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """iqlite(*arguments) → (exit code, standard output, standard error), with tmp_path as working folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["iqlite", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

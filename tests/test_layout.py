@@ -12,21 +12,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("errors", "records"),
-    ("hub", "estimators", "objectives", "architectures"),
+    ("hub", "estimators", "objectives", "architectures", "identity"),
     ("recipe", "gguf_files"),
     ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes", "memory"),
-    ("chunked", "terminal", "fit", "timing"),
-    ("policy",),
+    ("chunked", "terminal", "fit", "timing", "merging", "gguf_metadata", "ollama", "card"),
+    ("policy", "gguf_writing"),
     ("rollout", "optimizer"),
     ("superior",),
     ("session",),
-    ("train",),
+    ("train", "speaking", "merged"),
     ("commands",),
     ("cli",),
 )
 """The architecture document; the README quotes it."""
-VERBS = ("train", "compare", "init", "recipe", "plan", "bench")
-WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli"}  # fmt: skip
+VERBS = ("train", "compare", "init", "recipe", "plan", "bench", "chat", "merge", "export")
+WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli", "identity", "ollama", "card", "gguf_metadata", "gguf_writing"}  # fmt: skip
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names} | {"__main__": len(LEVELS), "__init__": -1}
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from iqlite.base import load_base
 from iqlite.linear import FEW_ROWS, FewRows, few_rows_product, folded, is_few
 from iqlite.policy import Policy
-from tests.test_policy import shake
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, shake
 
 
 @pytest.mark.parametrize("rows", [1, 7, FEW_ROWS])

@@ -20,16 +20,9 @@ from iqlite.records import Rollout
 from iqlite.session import Session
 from iqlite.superior import read
 from iqlite.train import update
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, shake
 
 IDS = torch.arange(30).reshape(2, 15)
-
-
-def shake(policy: Policy, seed: int = 1) -> None:
-    """Gives every LoRA matrix random values, so that the adapter has an effect."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in policy.parameters.values():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
 def logits_as(policy: Policy, role: str) -> Tensor:

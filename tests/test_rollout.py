@@ -11,7 +11,7 @@ import torch
 
 from iqlite.rollout import Sampler, choose, noise, response_mask
 from iqlite.session import Session
-from tests.test_policy import shake
+from tests.tiny import shake
 
 STOP = (2, 7)
 

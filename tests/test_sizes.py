@@ -18,7 +18,7 @@ from iqlite.sizes import Sizes
 from iqlite.superior import read
 from iqlite.train import train, update
 from tests.bench.pairs import Silent
-from tests.test_policy import shake
+from tests.tiny import shake
 
 
 @contextmanager

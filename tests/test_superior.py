@@ -16,7 +16,8 @@ from iqlite.records import Rollout
 from iqlite.session import Session
 from iqlite.superior import Reading, batches, read
 from tests import oracle
-from tests.test_policy import shake, training_rollout
+from tests.test_policy import training_rollout
+from tests.tiny import shake
 
 REQUESTS = tuple(
     ({"role": "user", "content": text},) for text in ("why?", "tell me more about this thing", "so", "a longer question, please")

@@ -21,7 +21,8 @@ from iqlite.rundir import RunDir
 from iqlite.session import Session, environment
 from iqlite.train import Outcome, prompts_of_step, repetition, train
 from tests.bench.pairs import Silent
-from tests.test_policy import gradients, shake, training_rollout
+from tests.test_policy import gradients, training_rollout
+from tests.tiny import shake
 
 
 def run_of(session: Session, path: Path) -> tuple[Outcome, RunDir]:

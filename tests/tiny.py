@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto import CONFIG_MAPPING
 
+from iqlite.policy import Policy
+
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
 
 _CHATML = (
@@ -112,3 +114,10 @@ def save_tiny(folder: Path, architecture: str = "llama", template: str = "chatml
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def shake(policy: Policy, seed: int = 1) -> None:
+    """Gives every LoRA matrix random values, so that the adapter has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters.values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1

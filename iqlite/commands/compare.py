@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from iqlite.errors import RunError
 from iqlite.judges import tone, words
 from iqlite.prompts import Description
 from iqlite.rollout import Sampler
@@ -42,12 +41,11 @@ def run(
 ) -> int:
     """Answers, measures, prints, and writes compare.json into the run; returns the exit code."""
     run_dir = RunDir.open(run_path)
-    if adapter not in ("adapter", "best"):
-        raise RunError(f"--adapter {adapter!r} isn't one of the run's: adapter (as training left it) or best.")
+    start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
     placement = run_dir.environment()["placement"]
     with within_memory(recipe, "in that file, and compare again"):
-        session = open_session(recipe, start=run_path / adapter, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
+        session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     session = replace(session, eval=replace(session.eval, requests=session.eval.requests[:prompts]))
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     told = told_descriptions(session)

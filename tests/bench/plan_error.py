@@ -65,7 +65,7 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: flo
     recipe = Recipe.model_validate(
         {
             "behavior": {"wanted": WANTED, "unwanted": UNWANTED, "placement": "user"},
-            "prompts": {"train": "none.jsonl"},
+            "prompts": {"train": "none.jsonl", "eval_count": prompts},
             "rollout": {"prompts_per_step": prompts, "max_new_tokens": new_tokens},
         }
     )
@@ -95,6 +95,7 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: flo
                 rollout = session.answers("policy", requests, session.sampler("train"), step=1)
             elif phase == "reading":
                 scores = read(policy, chat, rollout, session.readings, session.sizes)
+                session.score(rollout, weights="base")  # as an evaluation does
             else:
                 _, norm = update(session, optimizer, rollout, scores, 1e-4)
                 assert norm > 0

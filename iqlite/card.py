@@ -1,0 +1,132 @@
+"""What goes along with a model that leaves iqlite: a manifest for programs and a model card for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iqlite import __version__
+from iqlite.monitors import HELD_OUT_KL
+from iqlite.recipe import HubPrompts, Recipe
+from iqlite.rundir import RunDir, locked
+
+if TYPE_CHECKING:
+    from iqlite.prompts import Chat
+
+MANIFEST = "iqlite-manifest.json"
+COMPARISON = "compare.json"
+
+
+def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Base, tokenizer, recipe and figures of what was made; `made` says what and how."""
+    recipe, environment = run.recipe(), run.environment()
+    identity = {key: value for key, value in environment["base"].items() if key != "weights"}
+    return {
+        "iqlite": __version__,
+        "made": dict(made),
+        "base": identity | {"name": public_name(identity["name"]), "revision": recipe.model.revision, "licence": licence},
+        "adapter": {"which": adapter.name, "sha256": _digest((adapter / "adapter_model.safetensors").read_bytes())},
+        "tokenizer_sha256": _digest(chat.tokenizer.backend_tokenizer.to_str().encode()),
+        "chat_template_sha256": _digest(chat.template.encode()),
+        "stop_tokens": [chat.tokenizer.decode([token]) for token in chat.stop_ids],
+        "recipe": _public(locked(recipe)),
+        "prompts": {"sources": [public_name(name) for name in sources(recipe)], **environment["prompts"]},
+        "trained_with": {
+            "quantization": recipe.model.quantization,
+            "compute_dtype": environment["compute_dtype"],
+            "device": environment["device"],
+        },
+        "figures": figures(run),
+    }
+
+
+def figures(run: RunDir) -> dict[str, Any]:
+    """What the run measured on its held-out prompts, and what `iqlite compare` found, if it was asked."""
+    evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
+    found: dict[str, Any] = {}
+    if evaluated:
+        found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": evaluated[-1][HELD_OUT_KL]}
+        found["steps"] = evaluated[-1]["step"]
+    if (run.path / COMPARISON).is_file():
+        found["compare"] = json.loads((run.path / COMPARISON).read_text("utf-8"))
+    return found
+
+
+def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
+    """README.md in the hub's format: what was trained, from what, with which figures, and what is to be checked."""
+    base, recipe, found = manifest["base"], manifest["recipe"], manifest["figures"]
+    head = {
+        "base_model": base["name"],
+        "license": base["licence"] or "other",
+        "library_name": "peft" if peft else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["iqlite", "inverse-q-star", "lora"],
+    }
+    behaviors = recipe["behavior"].get("mixture") or [recipe["behavior"]]
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
+    lines += [f"# {base['name']}, with a behaviour trained in by iqlite", ""]
+    for behavior in behaviors:
+        lines += [
+            f"- wanted: {behavior.get('wanted') or 'as an existing adapter behaves'}",
+            f"- unwanted: {behavior.get('unwanted') or 'the base as it is'}",
+        ]
+    lines += [
+        "",
+        f"Method: Inverse-Q* (arXiv 2408.14874) with iqlite {manifest['iqlite']}, objective `{recipe['objective']['name']}`, a LoRA of rank {recipe['adapter']['rank']}",
+    ]
+    lines += [
+        f"on {base['name']} ({manifest['trained_with']['quantization']}, computed in {manifest['trained_with']['compute_dtype']}).",
+        "",
+    ]
+    lines += ["## Made as", "", *(f"- {key.replace('_', ' ')}: {value}" for key, value in manifest["made"].items()), ""]
+    lines += ["## Figures", "", *(_figure_lines(found) or ["None were measured."]), ""]
+    lines += ["## Licences", "", f"- base: {base['licence'] or 'see the page of ' + base['name']}"]
+    lines += [f"- training prompts: {', '.join(manifest['prompts']['sources'])}; their licences are their sources'", ""]
+    lines += ["## Limits", "", "A described behaviour can carry more than was meant: test what matters to you before you rely on it.", ""]
+    return "\n".join(lines)
+
+
+def _figure_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "held_out_kl_policy_superior" in found:
+        kl = found["held_out_kl_policy_superior"]
+        lines.append(
+            f"Held-out KL(policy‖superior), nats a token: {kl['before']:.3f} before, {kl['after']:.3f} after {found['steps']} steps."
+        )
+    if "compare" in found:
+        compared = found["compare"]
+        lines += ["", f"Answers to {compared['prompts']} held-out prompts × {compared['seeds']} seeds:", ""]
+        lines += ["| | tone | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {m['name']} | {m['tone']:.3f} | {m['tone_se']:.3f} | {m['words_median']:g} | {m['ended_share']:.0%} |"
+            for m in compared["measures"]
+        ]
+    if "kl_adapter_merged" in found:
+        lines += ["", f"KL(adapter on its base ‖ merged): {found['kl_adapter_merged']:.5f} nats a token."]
+    return lines
+
+
+def sources(recipe: Recipe) -> list[str]:
+    """Names of the training prompts."""
+    train = recipe.prompts.train
+    return [one.dataset if isinstance(one, HubPrompts) else str(one) for one in (train if isinstance(train, tuple) else (train,))]
+
+
+def public_name(name: str) -> str:
+    """A name without the folders of this machine."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _public(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _public(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_public(value) for value in data]
+    return public_name(data) if isinstance(data, str) and len(data) < 500 else data
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

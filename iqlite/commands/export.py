@@ -1,0 +1,137 @@
+"""`iqlite export`: what was trained, for PEFT, transformers, llama.cpp, LM Studio or Ollama."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from iqlite.card import MANIFEST, manifest, model_card
+from iqlite.errors import RunError
+from iqlite.gguf_files import find_gguf
+from iqlite.gguf_writing import check_quant, quantize_with, write_adapter, write_model
+from iqlite.identity import check_mergeable
+from iqlite.memory import shape_of
+from iqlite.rundir import RunDir, check_adapter_of, check_place, check_space, explained, replace_with
+from iqlite.terminal import bytes_done, facts
+
+FORMATS = ("peft", "hf", "gguf", "gguf-adapter", "ollama")
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}  # a weight; the others take less than q8_0, through a float16 file
+ADAPTER_TYPES = ("f32", "f16")
+
+
+def run(
+    run_path: Path,
+    to: str,
+    out: Path,
+    *,
+    quant: str | None,
+    adapter: str,
+    base: str,
+    strength: float,
+    force: bool,
+    as_json: bool,
+    console: Console,
+) -> int:
+    """Exports; returns the exit code. What can be refused is refused before torch is imported."""
+    run_dir = RunDir.open(run_path)
+    folder = run_dir.trained(adapter)
+    check_adapter_of(run_dir, folder)
+    check_place(out, MANIFEST, force=force)
+    recipe = run_dir.recipe()
+    original = find_gguf(recipe.model.base, recipe.folder)
+    small = to == "gguf-adapter" or (to == "ollama" and original is not None)  # only the adapter is written
+    if quant is not None and (to in ("peft", "hf") or (small and quant not in ADAPTER_TYPES)):
+        raise RunError(
+            f"--quant {quant} isn't for --to {to}" + (f": an adapter is written as {' or '.join(ADAPTER_TYPES)}." if small else ".")
+        )
+    tool = None if small or to in ("peft", "hf") else check_quant(quant or "f16")
+    if to != "peft":
+        check_mergeable(folder)
+    if not small and to != "peft":
+        parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
+        check_space(out, int(parameters * (BITS.get(quant or "f16", 8.5 + (16 if tool else 0))) / 8), flag="-o")
+
+    from iqlite.merged import licence_of, opened, write_folder
+
+    console.print(f"[dim]exporting {run_path}/{adapter} as {to}[/]")
+    merge, chat = opened(run_dir, folder, base="stored" if small else base, strength=strength, dtype=None)
+    made: dict[str, Any] = {"format": to, "scale": strength}
+    made |= {} if small or to == "peft" else {"base_weights": base}
+    made |= {"quantization": quant or ("f32" if small else "f16")} if to in ("gguf", "gguf-adapter", "ollama") else {}
+    about = manifest(run_dir, folder, chat, licence_of(merge.stored), made)
+    making = out.with_name(f".making-{out.name}")
+    name = run_path.resolve().name
+    next_command = ""
+
+    def model_file(path: Path) -> None:
+        with bytes_done(console, "writing", merge.bytes()) as wrote:
+            whole = path if tool is None else path.with_name(f"{path.name}.f16")
+            write_model(whole, merge, chat.tokenizer, chat.stop_ids, quant="f16" if tool else quant or "f16", name=name, wrote=wrote)
+        if tool is not None:
+            quantize_with(tool, whole, path, str(quant))
+            whole.unlink()
+
+    with explained(out, "free some space and export again"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if to == "hf":
+            with bytes_done(console, "writing", merge.bytes()) as wrote:
+                write_folder(making, merge, chat, {key: about[key] for key in ("base", "adapter", "made")}, wrote)
+        elif to == "gguf":
+            model_file(making)
+            next_command = f"llama-cli -m {out}"
+        elif to == "gguf-adapter":
+            write_adapter(making, merge, quant=quant or "f32", name=name)
+            next_command = f"llama-cli -m {original or 'THE-BASE.gguf'} --lora {out}"
+        else:
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir()
+        if to == "peft":
+            for file in ("adapter_config.json", "adapter_model.safetensors", "iqlite.json"):
+                if (folder / file).is_file():
+                    shutil.copyfile(folder / file, making / file)
+            chat.tokenizer.save_pretrained(making)
+        if to == "ollama":
+            next_command = _ollama(making, out, recipe.model.base, original, merge, chat, quant, name, model_file, about)
+        if making.is_dir():
+            (making / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+            (making / "README.md").write_text(model_card(about, peft=to == "peft"), "utf-8")
+        replace_with(making, out)
+        if out.is_file():
+            out.with_name(f"{out.name}.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
+    if as_json:
+        print(json.dumps({"path": str(out), "format": to, "bytes": size, **made}))
+        return 0
+    facts(console, {"exported": str(out), "as": to, "size": f"{size / 2**20:.1f} MiB"} | ({"next": next_command} if next_command else {}))
+    return 0
+
+
+def _ollama(
+    making: Path,
+    out: Path,
+    base: str,
+    original: Path | None,
+    merge: Any,
+    chat: Any,
+    quant: str | None,
+    name: str,
+    model_file: Any,
+    about: dict[str, Any],
+) -> str:
+    """Fills the folder for `ollama create`; returns that command."""
+    from iqlite.ollama import Template, modelfile
+
+    if original is not None:
+        write_adapter(making / "adapter.gguf", merge, quant=quant or "f32", name=name)
+        source = base.removeprefix("ollama:") if base.startswith("ollama:") else str(original.resolve())
+        text = modelfile(chat, source, "./adapter.gguf")
+    else:
+        model_file(making / "model.gguf")
+        text = modelfile(chat, "./model.gguf", None)
+    (making / "Modelfile").write_text(text, "utf-8")
+    about["made"]["template_exact"] = Template.of(chat).is_exact(chat)
+    return f"ollama create {name} -f {out / 'Modelfile'}"

@@ -1,0 +1,85 @@
+"""`iqlite merge`: a run's adapter summed into its base, shard by shard, as a model that needs neither iqlite nor PEFT."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+
+from iqlite.card import MANIFEST, manifest, model_card
+from iqlite.errors import RecipeError
+from iqlite.memory import shape_of
+from iqlite.rundir import RunDir, check_adapter_of, check_place, check_space, explained, replace_with
+from iqlite.terminal import bytes_done, facts
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FAR = 0.05  # nats a token between adapter and merged model from which the user is warned; ours
+
+
+def run(
+    run_path: Path,
+    out: Path,
+    *,
+    adapter: str,
+    base: str,
+    strength: float,
+    dtype: str | None,
+    check: bool,
+    force: bool,
+    as_json: bool,
+    console: Console,
+) -> int:
+    """Merges, measures, prints; returns the exit code. What can be refused is refused before torch is imported."""
+    run_dir = RunDir.open(run_path)
+    folder = run_dir.trained(adapter)
+    check_adapter_of(run_dir, folder)
+    check_place(out, MANIFEST, force=force)
+    if not (math.isfinite(strength) and abs(strength) <= 100):
+        raise RecipeError(f"--scale {strength:g} can't be used: give a factor such as 0.5 or 1.")
+    recipe = run_dir.recipe()
+    parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
+    check_space(out, int(parameters * BYTES[dtype or "bfloat16"]), flag="-o")
+
+    from iqlite.merged import fits_check, kl_to_merged, licence_of, opened, write_folder
+
+    console.print(f"[dim]merging {run_path}/{adapter} into its base[/]")
+    merge, chat = opened(run_dir, folder, base=base, strength=strength, dtype=dtype)
+    making = out.with_name(f".making-{out.name}")
+    done = sum(file.stat().st_size for file in making.glob("*.safetensors")) if making.is_dir() else 0
+    check_space(out, merge.bytes() - done, flag="-o")
+    made = {"format": "safetensors", "base_weights": base, "scale": strength, "dtype": dtype or "as stored"}
+    about = manifest(run_dir, folder, chat, licence_of(merge.stored), made)
+    job = {key: about[key] for key in ("base", "adapter", "made")}
+    with explained(out, "go on with the same command"), bytes_done(console, "writing", merge.bytes()) as wrote:
+        write_folder(making, merge, chat, job, wrote)
+    size = merge.bytes()
+    fits = fits_check(merge)
+    del merge
+    kl = None
+    if check and fits:
+        kl = kl_to_merged(
+            recipe, folder, run_dir.environment()["placement"], making, making / "check.npy",
+            strength=strength, say=lambda text: console.print(f"[dim]{text}[/]"),
+        )  # fmt: skip
+        (making / "check.npy").unlink()
+        about["figures"]["kl_adapter_merged"] = kl
+    (making / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    (making / "README.md").write_text(model_card(about, peft=False), "utf-8")
+    replace_with(making, out)
+    if as_json:
+        print(json.dumps({"path": str(out), "bytes": size, "kl_adapter_merged": kl, "base_weights": base, "scale": strength}))
+        return 0
+    if not check:
+        measured = "not measured (--no-check)"
+    elif not fits:
+        measured = "not measured: the unquantised model doesn't fit this machine's memory"
+    else:
+        measured = f"{kl:.5f} nats a token on answers to held-out prompts"
+    facts(
+        console, {"merged": str(out), "size": f"{size / 2**30:.2f} GiB", "base weights": base, "KL(adapter on its base ‖ merged)": measured}
+    )
+    if kl is not None and kl > FAR:
+        console.print(f"[yellow]The merged model differs from what was trained by {kl:.3f} nats a token: merge with --base trained.[/]")
+    return 0

@@ -1,0 +1,127 @@
+"""Which adapter belongs to which base: a base's identity, and what makes an adapter one of its own. No torch at the top."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iqlite.errors import AdapterError, BaseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IDENTITY_FILE = "iqlite.json"
+IDENTITY_TOLERANCE = 2.0**-7  # relative; what bfloat16, float16 and float32 copies of one weight may differ by
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells one base from another, whatever its folder is called and its dtype is: its shape and some of its weights."""
+
+    name: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, config: Any, norm: Tensor, head: Tensor) -> Identity:
+        """From a model's configuration, its last norm's weight [D] and its head's [V, D]."""
+        import torch
+
+        found: list[float] = []
+        for weight, count in ((norm, 16), (head, 48)):
+            at = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long()
+            found += weight.detach().flatten()[at.to(weight.device)].float().tolist()
+        return cls(name, config.model_type, config.vocab_size, config.hidden_size, config.num_hidden_layers, tuple(found))
+
+    def same_base(self, other: Identity) -> bool:
+        """True if both describe the same weights, in whatever 16- or 32-bit type; two hub ids that differ never do."""
+        shape, other_shape = ((i.model_type, i.vocab_size, i.hidden_size, i.layers) for i in (self, other))
+        if shape != other_shape or (is_hub_id(self.name) and is_hub_id(other.name) and self.name != other.name):
+            return False
+        return all(abs(a - b) <= IDENTITY_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(self.weights, other.weights, strict=True))
+
+    def write(self, folder: Path) -> None:
+        """Puts it beside an adapter."""
+        (folder / IDENTITY_FILE).write_text(json.dumps({"base": asdict(self)}, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Identity | None:
+        """The identity beside an adapter that iqlite wrote; None for an adapter from elsewhere."""
+        try:
+            return cls.from_record(json.loads((folder / IDENTITY_FILE).read_text("utf-8"))["base"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BaseError(f"{folder / IDENTITY_FILE} can't be read ({error}): delete it or save the adapter again.") from None
+
+    @classmethod
+    def from_record(cls, fields: dict[str, Any]) -> Identity:
+        """From what `asdict` wrote."""
+        return cls(**{**fields, "weights": tuple(fields["weights"])})
+
+
+def is_hub_id(name: str) -> bool:
+    """True for `owner/model`, as opposed to a path, a prefix or the embedded model."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and Path(name).suffix != ".gguf"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A plain LoRA's configuration: each of its layers adds `scale`·B·A to a linear map."""
+
+    rank: int
+    scale: float
+
+
+def check_adapter(folder: Path, base: Identity) -> Lora:
+    """What `folder` holds; AdapterError unless it's a plain LoRA in safetensors that was made on this base."""
+    config = read_config(folder)
+    made_on = Identity.read(folder)
+    if made_on is not None:
+        if not made_on.same_base(base):
+            raise AdapterError(f"{folder} was trained on {made_on.name}, not on {base.name}: use it with its own base.")
+    elif Path(str(config.get("base_model_name_or_path"))).name != Path(base.name).name:
+        raise AdapterError(
+            f"{folder} was trained on {config.get('base_model_name_or_path')}, not on {base.name}: use it with its own base."
+        )
+    rank = int(config.get("r", 0))
+    alpha = float(config.get("lora_alpha", 0))
+    return Lora(rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / max(1, rank))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A plain LoRA's adapter_config.json; AdapterError says what is missing, or what other formats and the base itself couldn't hold."""
+    config_file = folder / ADAPTER_CONFIG
+    if not config_file.is_file():
+        raise AdapterError(f"{folder} holds no {ADAPTER_CONFIG}: name a folder in PEFT format, such as a run's adapter/ folder.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise AdapterError(f"{folder} holds no {ADAPTER_WEIGHTS} (pickled weights aren't loaded): save the adapter again as safetensors.")
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text("utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
+    if "lm_head" in str(config.get("target_modules")):
+        raise AdapterError(f"{folder} adapts the LM head, which stays the base's here: train one on the other linear layers.")
+    if (
+        config.get("peft_type") != "LORA"
+        or config.get("bias", "none") != "none"
+        or config.get("modules_to_save")
+        or config.get("use_dora")
+        or config.get("lora_bias")
+    ):
+        raise AdapterError(f"{folder} isn't a plain LoRA (bias, DoRA and modules_to_save change the base too): train a plain one.")
+    return config
+
+
+def check_mergeable(folder: Path) -> None:
+    """AdapterError for a LoRA whose layers differ in rank or scale: one number each is all that a merge or a GGUF knows of."""
+    config = read_config(folder)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise AdapterError(f"{folder} has a {key}: layers of different rank or scale can't be merged or exported here.")

@@ -1,0 +1,131 @@
+"""One answer, token by token: by the base, by the policy, or by the superior policy itself, which needs no training to be heard.
+
+The superior's tokens are drawn from π̃ (METHOD, equation 3): the base reads what was said so far plain, under the wanted and under the
+unwanted description, as rows of one batch, and the recipe's own estimator combines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from iqlite.architectures import Shape
+from iqlite.base import Base, load_base
+from iqlite.errors import RecipeError
+from iqlite.fit import CPU_SHARE
+from iqlite.keyvalues import Decoding
+from iqlite.policy import Policy
+from iqlite.prompts import Chat, Description
+from iqlite.recipe import Recipe
+from iqlite.records import Messages, Rollout
+from iqlite.rollout import Sampler, choose, noise
+from iqlite.session import Session, free_memory, open_session, readings
+
+VOICES = ("base", "policy", "superior")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who can be talked to: one base in memory, the adapter on it, and, with a recipe, the superior policy."""
+
+    policy: Policy
+    chat: Chat
+    adapted: bool
+    session: Session | None = None
+    fold: bool = False
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, adapter: Path | None, placement: str | None, say: object) -> Speaker:
+        """A recipe's base; with an adapter, its policy too."""
+        session = open_session(recipe, start=adapter, placement=placement, say=say)  # type: ignore[arg-type]
+        adapted = adapter is not None or recipe.adapter.start is not None
+        return cls(session.policy, session.chat, adapted, session, session.sizes.fold)
+
+    @classmethod
+    def of_model(cls, name: str, adapter: Path | None, quantization: str) -> Speaker:
+        """A model without a recipe: nothing is said under descriptions."""
+        base = load_base(name, quantization)
+        chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+        return cls(Policy(base, rank=1, alpha=1.0, seed=0, start=adapter), chat, adapter is not None, None, folds(base))
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Those that can be heard here."""
+        superior = self.session is not None and self.session.recipe.superior.estimator != "adapter"
+        return ("base", *(["policy"] if self.adapted else []), *(["superior"] if superior else []))
+
+    def with_strength(self, strength: float) -> Speaker:
+        """The same with another strength of the contrast in π̃; RecipeError without a recipe or for a number it can't be."""
+        if self.session is None:
+            raise RecipeError("a model alone has no superior policy: chat with a recipe or a run.")
+        recipe = self.session.recipe
+        if not 0 <= strength < 1000:
+            raise RecipeError(
+                f"the strength {strength:g} can't be used: give one from 0 to 1000, such as {recipe.superior.settings()['strength']:g}."
+            )
+        superior = recipe.superior.model_copy()
+        superior.__pydantic_extra__ = {**(recipe.superior.model_extra or {}), "strength": strength}
+        changed = recipe.model_copy(update={"superior": superior})
+        return replace(self, session=replace(self.session, recipe=changed))
+
+    def speak(self, voice: str, turns: Messages, sampler: Sampler, *, attempt: int = 0) -> Iterator[int]:
+        """The ids of one answer as they are chosen, up to and without an end-of-turn token; the noise is keyed by (seed, attempt, position)."""
+        descriptions = self._descriptions() if voice == "superior" else {"": None}
+        prompts = [self.chat.ids(turns, description) for description in descriptions.values()]
+        policy, device = self.policy, self.policy.device
+        longest, new = max(map(len, prompts)), sampler.max_new_tokens
+        real_BL = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + new) for p in prompts], device=device)
+        ids_BL = torch.tensor([[self.chat.stop_ids[0]] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        position_BL = (real_BL.cumsum(-1) - 1).clamp(min=0)[:, :longest]
+        with policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
+            cache = Decoding(len(policy.decoder.layers), len(prompts), longest + new, None)
+            for position in range(new):
+                states_BD = policy.decoder(
+                    input_ids=ids_BL,
+                    attention_mask=real_BL[:, : longest + position],
+                    position_ids=position_BL,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+                if voice == "superior":
+                    assert self.session is not None
+                    logits_1V, _, _ = self.session.scoring(policy.head, {name: states_BD[i : i + 1] for i, name in enumerate(descriptions)})
+                else:
+                    logits_1V = policy.head(states_BD)
+                uniform_1 = noise(sampler.seed, sampler.stream, attempt, [0], position)
+                token = int(choose(logits_1V, uniform_1, sampler.temperature, sampler.top_p))
+                if token in self.chat.stop_ids:
+                    return
+                yield token
+                ids_BL = torch.full((len(prompts), 1), token, device=device)
+                position_BL = position_BL[:, -1:] + 1
+
+    def rewards(self, turns: Messages, ids: list[int]) -> list[float]:
+        """log π̃/π_θ of each token of an answer, nats: what a training step would have rewarded it with."""
+        assert self.session is not None
+        tokens_BT = torch.tensor([ids])
+        rollout = Rollout((0,), (turns,), (tuple(self.chat.ids(turns)),), tokens_BT, tokens_BT >= 0, torch.tensor([True]))
+        found: list[float] = self.session.score(rollout, weights="base").values["reward"].tolist()
+        return found
+
+    def shortened(self, turns: Messages, new: int) -> Messages:
+        """The turns, without the oldest if they'd leave no room for an answer of `new` tokens in the base's context."""
+        longest = max(len(self.chat.ids(turns, description)) for description in [None, *self._descriptions().values()])
+        excess = longest + new - self.policy.base.context
+        return turns if excess <= 0 else self.chat.cut(turns, max(1, len(self.chat.ids(turns)) - excess))
+
+    def _descriptions(self) -> dict[str, Description | None]:
+        """What the base reads the conversation under, by reading."""
+        if self.session is None or "superior" not in self.voices:
+            return {}
+        return {reading.name: reading.description for reading in readings(self.session.recipe, self.session.placement, "base")}
+
+
+def folds(base: Base) -> bool:
+    """Whether decoding on a CPU has room for one float32 matrix a layer, which spares dequantising for every token."""
+    if base.device.type != "cpu":
+        return False
+    return 4 * Shape.of(base.model.config.to_dict(), base.name).linear_weights <= CPU_SHARE * free_memory(base.device)
