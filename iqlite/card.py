@@ -89,6 +89,16 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
     return "\n".join(lines)
 
 
+def write_about(path: Path, manifest: Mapping[str, Any], *, peft: bool = False) -> None:
+    """Puts manifest and model card into a folder, or the manifest beside a file as NAME.json."""
+    text = json.dumps(manifest, indent=2) + "\n"
+    if path.is_file():
+        path.with_name(f"{path.name}.json").write_text(text, "utf-8")
+        return
+    (path / MANIFEST).write_text(text, "utf-8")
+    (path / "README.md").write_text(model_card(manifest, peft=peft), "utf-8")
+
+
 def _figure_lines(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if "held_out_kl_policy_superior" in found:

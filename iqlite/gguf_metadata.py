@@ -45,7 +45,7 @@ def describe(writer: Any, config: Any) -> None:
         writer.add_layer_norm_eps(config.layer_norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if kind in ("gemma", "gemma2") or head_dim * config.num_attention_heads != config.hidden_size:
+    if kind != "granite" and getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if kind not in ("gemma", "gemma2"):

@@ -84,6 +84,9 @@ def write_model(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = Names(stored)
     factors = rope_factors(stored.config)
+    if stored.gguf is not None:  # its own, where it has one: transformers' reader doesn't see them
+        kept = [tensor.data for tensor in gguf.GGUFReader(stored.gguf).tensors if tensor.name == "rope_freqs.weight"]
+        factors = kept[0].tolist() if kept else None
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", [len(factors)], np.dtype(np.float32), 4 * len(factors), Kind.F32)
     kinds = {}

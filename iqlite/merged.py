@@ -99,11 +99,18 @@ def fits_check(merge: Merge) -> bool:
 
 def kl_to_merged(
     recipe: Recipe, adapter: Path, placement: str, merged: Path, scratch: Path, *, strength: float, say: Callable[[str], None]
-) -> float:
-    """KL(adapter on its base ‖ merged) in nats a token, on answers of the policy to held-out prompts.
+) -> float | None:
+    """KL(adapter on its base ‖ merged) in nats a token, on answers of the policy to held-out prompts; None if memory doesn't do.
 
     One model in memory at a time: the first one's log-probabilities wait on the disk, [tokens, V] float32.
     """
+    try:
+        return _kl(recipe, adapter, placement, merged, scratch, strength, say)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _kl(recipe: Recipe, adapter: Path, placement: str, merged: Path, scratch: Path, strength: float, say: Callable[[str], None]) -> float:
     session = open_session(recipe, start=adapter, placement=placement, say=say)
     session.policy.strengthen(strength)
     requests = session.eval.requests[:CHECK_PROMPTS]

@@ -153,10 +153,7 @@ def _decode(
     done = 0 if start is None else len(start)
     rest = [prompt[done:] for prompt in prompts]
     longest = max(map(len, rest))
-    # Laid out as: prefix, padding, the rest of the prompt, what is sampled. Positions count real tokens only.
-    real_BL = torch.tensor([[1] * done + [0] * (longest - len(p)) + [1] * (len(p) + new) for p in rest], device=device)
-    ids_BL = torch.tensor([[stop_ids[0]] * (longest - len(p)) + list(p) for p in rest], device=device)
-    position_BL = (real_BL.cumsum(-1) - 1).clamp(min=0)[:, done : done + longest]
+    ids_BL, real_BL, position_BL = padded(rest, new, stop_ids[0], device, done)
     cache = Decoding(len(policy.decoder.layers), len(rest), done + longest + new, start)
     stop = torch.tensor(list(stop_ids), device=device)
     out_BT = torch.full((len(rest), new), stop_ids[0], device=device)
@@ -185,6 +182,17 @@ def _decode(
             rows, real_BL, ids_BL, position_BL = rows[alive], real_BL[alive], ids_BL[alive], position_BL[alive]
             numbers = numbers[alive.cpu().numpy()]
     return out_BT.cpu()
+
+
+def padded(prompts: Sequence[Sequence[int]], new: int, fill: int, device: torch.device, done: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [B, L], which tokens are real [B, done + L + new], positions [B, L]) of prompts padded on the left behind a prefix of `done` tokens.
+
+    Laid out as: prefix, padding, the prompt, what is to be sampled. Positions count real tokens only.
+    """
+    longest = max(map(len, prompts))
+    real_BL = torch.tensor([[1] * done + [0] * (longest - len(p)) + [1] * (len(p) + new) for p in prompts], device=device)
+    ids_BL = torch.tensor([[fill] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    return ids_BL, real_BL, (real_BL.cumsum(-1) - 1).clamp(min=0)[:, done : done + longest]
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -230,6 +230,17 @@ def check_adapter_of(run: RunDir, adapter: Path) -> None:
     check_adapter(adapter, Identity.from_record(run.environment()["base"]))
 
 
+def leaving(run_path: Path, which: str, out: Path, mark: str, *, strength: float, force: bool) -> tuple[RunDir, Path]:
+    """(run, adapter) of what is to be merged or exported to `out`; IqliteError, before anything heavy, for what can't be."""
+    run = RunDir.open(run_path)
+    adapter = run.trained(which)
+    check_adapter_of(run, adapter)
+    check_place(out, mark, force=force)
+    if not (math.isfinite(strength) and abs(strength) <= 100):
+        raise RunError(f"--scale {strength:g} can't be used: give a factor such as 0.5 or 1.")
+    return run, adapter
+
+
 def check_place(path: Path, mark: str, *, force: bool) -> None:
     """RunError unless a new file or folder can be put at `path`: `force` replaces a file, or a folder that holds `mark`."""
     if not path.exists():

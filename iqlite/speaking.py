@@ -7,6 +7,7 @@ unwanted description, as rows of one batch, and the recipe's own estimator combi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,17 +15,15 @@ import torch
 
 from iqlite.architectures import Shape
 from iqlite.base import Base, load_base
-from iqlite.errors import RecipeError
+from iqlite.errors import BaseError, RecipeError
 from iqlite.fit import CPU_SHARE
 from iqlite.keyvalues import Decoding
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
 from iqlite.records import Messages, Rollout
-from iqlite.rollout import Sampler, choose, noise
+from iqlite.rollout import Sampler, choose, noise, padded
 from iqlite.session import Session, free_memory, open_session, readings
-
-VOICES = ("base", "policy", "superior")
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,8 @@ class Speaker:
         prompts = [self.chat.ids(turns, description) for description in descriptions.values()]
         policy, device = self.policy, self.policy.device
         longest, new = max(map(len, prompts)), sampler.max_new_tokens
-        real_BL = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + new) for p in prompts], device=device)
-        ids_BL = torch.tensor([[self.chat.stop_ids[0]] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        position_BL = (real_BL.cumsum(-1) - 1).clamp(min=0)[:, :longest]
-        with policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
+        ids_BL, real_BL, position_BL = padded(prompts, new, self.chat.stop_ids[0], device)
+        with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
             cache = Decoding(len(policy.decoder.layers), len(prompts), longest + new, None)
             for position in range(new):
                 states_BD = policy.decoder(
@@ -122,6 +119,15 @@ class Speaker:
         if self.session is None or "superior" not in self.voices:
             return {}
         return {reading.name: reading.description for reading in readings(self.session.recipe, self.session.placement, "base")}
+
+
+@contextmanager
+def _roomy() -> Iterator[None]:
+    """A full memory as one sentence with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BaseError("memory is full: /clear the conversation, or take a lower --tokens or a smaller base.") from None
 
 
 def folds(base: Base) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,10 @@ def test_hf_and_peft_exports_load_without_iqlite(make_run: Callable[..., RunDir]
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained("hf")), expected, atol=1e-4)
     base = AutoModelForCausalLM.from_pretrained(run.recipe().model.base)
     assert torch.equal(logits(PeftModel.from_pretrained(base, "peft")), expected)
+    assert iqlite("export", run.path, "--to", "peft", "-o", "half", "--scale", 0.5)[0] == 0
+    assert iqlite("export", run.path, "--to", "hf", "-o", "half-merged", "--scale", 0.5)[0] == 0
+    half = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.recipe().model.base), "half")
+    assert torch.allclose(logits(half), logits(AutoModelForCausalLM.from_pretrained("half-merged")), atol=1e-4)
 
 
 def test_llama_3_s_stretched_rotations_are_transformers_own() -> None:
@@ -179,6 +182,7 @@ def test_what_can_t_be_exported_is_one_sentence(
         (["--to", "gguf-adapter", "-o", "m.gguf", "--quant", "q8_0"], ["q8_0", "f32"]),
         (["--to", "peft", "-o", "m", "--quant", "q8_0"], ["--quant", "peft"]),
         (["--to", "gguf", "-o", "there.gguf"], ["exists already", "--force"]),
+        (["--to", "gguf", "-o", "m.gguf", "--scale", "nan"], ["--scale"]),
     ]
     for options, words in cases:
         code, _, err = iqlite("export", run.path, *options)
@@ -201,6 +205,6 @@ def test_llama_cpp_s_quantiser_is_used_where_it_is(
     run = make_run()
     code, _, err = iqlite("export", run.path, "--to", "gguf", "-o", "m.gguf", "--quant", "q4_k_m")
     assert code == 0, err
-    assert gguf.GGUFReader("m.gguf").tensors and not shutil.which("nothing")
+    assert gguf.GGUFReader("m.gguf").tensors and not list(tmp_path.glob("*.f16"))
     code, _, err = iqlite("export", run.path, "--to", "gguf", "-o", "n.gguf", "--quant", "q6_k")
     assert code == 2 and "bad type Q6_K" in err and not Path("n.gguf").exists()

@@ -47,7 +47,7 @@ def run(
         if question is None:
             console.print(f"[dim]{text}[/]")
 
-    say(f"opening {name}")
+    say(f"opening {name}" if recipe else f"opening {name} in 4 bits")
     speaker = Speaker.of_recipe(recipe, folder, placement, say) if recipe else Speaker.of_model(name, folder, "nf4")
     if strength is not None:
         speaker = speaker.with_strength(strength)
@@ -142,7 +142,7 @@ class Conversation:
             try:
                 self._line(line)
             except IqliteError as error:
-                self.console.print(f"[red]{harmless(str(error))}[/]" if "[" not in str(error) else str(error), markup="[" not in str(error))
+                self.console.print(Text(harmless(str(error)), "red"))
 
     def _line(self, line: str) -> None:
         if not line.startswith("/"):

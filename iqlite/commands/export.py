@@ -9,16 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from iqlite.card import MANIFEST, manifest, model_card
+from iqlite.card import MANIFEST, manifest, write_about
 from iqlite.errors import RunError
 from iqlite.gguf_files import find_gguf
 from iqlite.gguf_writing import check_quant, quantize_with, write_adapter, write_model
-from iqlite.identity import check_mergeable
+from iqlite.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
 from iqlite.memory import shape_of
-from iqlite.rundir import RunDir, check_adapter_of, check_place, check_space, explained, replace_with
+from iqlite.rundir import check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
 
-FORMATS = ("peft", "hf", "gguf", "gguf-adapter", "ollama")
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}  # a weight; the others take less than q8_0, through a float16 file
 ADAPTER_TYPES = ("f32", "f16")
 
@@ -37,10 +36,7 @@ def run(
     console: Console,
 ) -> int:
     """Exports; returns the exit code. What can be refused is refused before torch is imported."""
-    run_dir = RunDir.open(run_path)
-    folder = run_dir.trained(adapter)
-    check_adapter_of(run_dir, folder)
-    check_place(out, MANIFEST, force=force)
+    run_dir, folder = leaving(run_path, adapter, out, MANIFEST, strength=strength, force=force)
     recipe = run_dir.recipe()
     original = find_gguf(recipe.model.base, recipe.folder)
     small = to == "gguf-adapter" or (to == "ollama" and original is not None)  # only the adapter is written
@@ -90,18 +86,20 @@ def run(
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
         if to == "peft":
-            for file in ("adapter_config.json", "adapter_model.safetensors", "iqlite.json"):
+            for file in (ADAPTER_WEIGHTS, IDENTITY_FILE):
                 if (folder / file).is_file():
                     shutil.copyfile(folder / file, making / file)
+            config = read_config(folder)
+            config["lora_alpha"] *= strength
+            (making / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
             chat.tokenizer.save_pretrained(making)
         if to == "ollama":
             next_command = _ollama(making, out, recipe.model.base, original, merge, chat, quant, name, model_file, about)
         if making.is_dir():
-            (making / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-            (making / "README.md").write_text(model_card(about, peft=to == "peft"), "utf-8")
+            write_about(making, about, peft=to == "peft")
         replace_with(making, out)
         if out.is_file():
-            out.with_name(f"{out.name}.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+            write_about(out, about)
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     if as_json:
         print(json.dumps({"path": str(out), "format": to, "bytes": size, **made}))

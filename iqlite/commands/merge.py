@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from iqlite.card import MANIFEST, manifest, model_card
-from iqlite.errors import RecipeError
+from iqlite.card import MANIFEST, manifest, write_about
 from iqlite.memory import shape_of
-from iqlite.rundir import RunDir, check_adapter_of, check_place, check_space, explained, replace_with
+from iqlite.rundir import check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -32,12 +31,7 @@ def run(
     console: Console,
 ) -> int:
     """Merges, measures, prints; returns the exit code. What can be refused is refused before torch is imported."""
-    run_dir = RunDir.open(run_path)
-    folder = run_dir.trained(adapter)
-    check_adapter_of(run_dir, folder)
-    check_place(out, MANIFEST, force=force)
-    if not (math.isfinite(strength) and abs(strength) <= 100):
-        raise RecipeError(f"--scale {strength:g} can't be used: give a factor such as 0.5 or 1.")
+    run_dir, folder = leaving(run_path, adapter, out, MANIFEST, strength=strength, force=force)
     recipe = run_dir.recipe()
     parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
     check_space(out, int(parameters * BYTES[dtype or "bfloat16"]), flag="-o")
@@ -52,22 +46,29 @@ def run(
     made = {"format": "safetensors", "base_weights": base, "scale": strength, "dtype": dtype or "as stored"}
     about = manifest(run_dir, folder, chat, licence_of(merge.stored), made)
     job = {key: about[key] for key in ("base", "adapter", "made")}
-    with explained(out, "go on with the same command"), bytes_done(console, "writing", merge.bytes()) as wrote:
-        write_folder(making, merge, chat, job, wrote)
-    size = merge.bytes()
-    fits = fits_check(merge)
+    with explained(out, "go on with the same command"):
+        with bytes_done(console, "writing", merge.bytes()) as wrote:
+            write_folder(making, merge, chat, job, wrote)
+        write_about(making, about)
+        replace_with(making, out)  # it is whole: whatever the check below runs into, the merged model is there
+    size, fits = merge.bytes(), fits_check(merge)
     del merge
     kl = None
     if check and fits:
-        kl = kl_to_merged(
-            recipe, folder, run_dir.environment()["placement"], making, making / "check.npy",
-            strength=strength, say=lambda text: console.print(f"[dim]{text}[/]"),
-        )  # fmt: skip
-        (making / "check.npy").unlink()
-        about["figures"]["kl_adapter_merged"] = kl
-    (making / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    (making / "README.md").write_text(model_card(about, peft=False), "utf-8")
-    replace_with(making, out)
+        placement = run_dir.environment()["placement"]
+        with explained(out, "merge again with --no-check"), TemporaryDirectory(dir=out.parent, prefix=".check-") as scratch:
+            kl = kl_to_merged(
+                recipe,
+                folder,
+                placement,
+                out,
+                Path(scratch) / "logp.npy",
+                strength=strength,
+                say=lambda text: console.print(f"[dim]{text}[/]"),
+            )
+            fits = kl is not None
+            about["figures"] |= {} if kl is None else {"kl_adapter_merged": kl}
+            write_about(out, about)
     if as_json:
         print(json.dumps({"path": str(out), "bytes": size, "kl_adapter_merged": kl, "base_weights": base, "scale": strength}))
         return 0
