@@ -65,26 +65,34 @@ def train(
 
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(help="A run directory, such as runs/cheerful-135m.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories of one base, such as runs/cheerful-135m.")],
+    others: Annotated[str, typer.Option("--with", metavar="NAMES", help="Also ask: superior (the target itself, untrained).")] = "",
+    judge: Annotated[str | None, typer.Option(help="tone, shorter, refusal or compliance; by default the recipe's own.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt file instead of the held-out prompts; a category column is kept apart.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many prompts.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Sampling seeds; each answers every prompt.")] = 3,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature, the same for all; 0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus truncation, the same for all.")] = 0.9,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many held-out prompts.")] = None,
     adapter: Annotated[str, typer.Option(help="Which adapter of the run: adapter or best.")] = "adapter",
     json: Json = False,
 ) -> None:
-    """Compare base, told base and trained model on held-out prompts: tone, length, share ended."""
+    """Compare base, told base and trained models on the same prompts: figures, win rates and Elo with intervals."""
     from iqlite.commands import compare as verb
     from iqlite.terminal import console
 
     raise typer.Exit(
         verb.run(
-            run,
+            runs,
             seeds=seeds,
             temperature=temperature,
             top_p=top_p,
             prompts=prompts,
+            count=count,
             adapter=adapter,
+            others=[name.strip() for name in others.split(",") if name.strip()],
+            judge=judge,
             as_json=json,
             console=console(stderr=json),
         )

@@ -179,7 +179,7 @@ def _adds_space(data: dict[str, Any]) -> bool:
 
 def copy_metadata(writer: Any, original: Path) -> None:
     """Everything a GGUF file says of its model, for one with other weights of the same model."""
-    ours = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version", "quantize.")
+    ours = ("GGUF.", "general.architecture", "general.name", "general.file_type", "general.quantization_version", "quantize.")
     for field in gguf.GGUFReader(original).fields.values():
         if not field.name.startswith(ours):
             sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

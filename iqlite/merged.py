@@ -55,7 +55,7 @@ def chat_of(stored: Stored) -> Chat:
 def write_folder(making: Path, merge: Merge, chat: Chat, job: Mapping[str, Any], wrote: Callable[[int], None] = lambda _: None) -> None:
     """Fills `making` with the merged shards, configuration, tokenizer and template. What an interrupted call for the same `job` left stays.
 
-    Memory: a few copies of the largest tensor, and the pages of one shard that is being read.
+    Memory: a few float32 copies of the largest tensor.
     """
     stored = merge.stored
     if making.is_dir() and _text(making / JOB) != json.dumps(job):

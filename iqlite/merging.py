@@ -100,7 +100,7 @@ class Stored:
             raise BaseError(f"base {self.name!r}: {shard} can't be read ({first_line(error)}); download it again.") from None
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor by its name, as it is stored."""
+        """One tensor by its name, as it is stored. The file is mapped for it alone: pages of a mapping count as resident until it ends."""
         shard = next(shard for shard, names in self.shards.items() if name in names)
         with self.opened(shard) as file:
             found: Tensor = file.get_tensor(name)
@@ -108,7 +108,7 @@ class Stored:
 
     def identity(self) -> Identity:
         """What tells this base from another."""
-        return Identity.of(self.name, self.config, self.tensor(NORM), self.tensor(EMBEDDING if self.tied else HEAD))
+        return Identity.of(self.name, self.config, self.tensor(NORM).clone(), self.tensor(EMBEDDING if self.tied else HEAD))
 
 
 class Merge:
@@ -138,10 +138,9 @@ class Merge:
             raise BaseError(f"{adapter} adapts {strange[0]}, which {stored.name} has no linear layer for: use it with its own base.")
 
     def tensors(self, shard: Path) -> Iterator[tuple[str, Tensor]]:
-        """(name, merged tensor) for each of a shard's, in its file's order; one at a time is in memory."""
-        with self.stored.opened(shard) as file:
-            for name in self.stored.shards[shard]:
-                yield name, self.merged(name, file.get_tensor(name))
+        """(name, merged tensor) for each of a shard's, in its file's order; one at a time is in memory, and the pages it was read from."""
+        for name in self.stored.shards[shard]:
+            yield name, self.merged(name, self.stored.tensor(name))
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """W + s·B·A: summed in float32, cast once."""
@@ -200,4 +199,5 @@ def write_safetensors(
             assert tensor.dtype == dtype and list(tensor.shape) == shape, name
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             wrote(tensor.nbytes)
+            del tensor  # one that wasn't changed is a view of its file's mapping, which the next is to open anew
     os.replace(making, path)

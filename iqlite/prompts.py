@@ -28,6 +28,7 @@ DEFAULT_TEMPLATE = (
 """For models without a chat template: the system text, then `User: …` and `Assistant: …` turns; answers end with the EOS token."""
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "text", "chosen")
+LABELS = ("category", "language")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; ours
 NAMED_LINES = 5  # line numbers listed in a note before it says "and N more"
@@ -125,7 +126,7 @@ class Chat:
                 f"{key} = {source}: all {cut} prompts are longer than {longest} tokens, which is all the model's context and prompts.max_tokens leave room for; raise prompts.max_tokens, or choose a base with a longer context or shorter prompts."
             )
         notes = (f"{source}: {cut} of {len(requests)} prompts were cut from the left to {longest} tokens.",) if cut else ()
-        return Prompts(tuple(requests), prompts.notes + notes)
+        return replace(prompts, requests=tuple(requests), notes=prompts.notes + notes)
 
     def cut(self, request: Messages, longest: int) -> Messages:
         """A request of at most `longest` tokens: earlier turns go first, then the last one's beginning."""
@@ -167,13 +168,18 @@ def load_prompts(source: str | HubPrompts | Sequence[str | HubPrompts], *, besid
     sources = [source] if isinstance(source, (str, HubPrompts)) else list(source)
     sets = [_load_one(one, beside, key) for one in sources]
     notes = tuple(note for prompts in sets for note in prompts.notes)
-    requests = list({json.dumps(request): request for prompts in sets for request in prompts.requests}.values())
+    labelled = {
+        json.dumps(request): (request, label)
+        for prompts in sets
+        for request, label in zip(prompts.requests, prompts.labels or ("",) * len(prompts), strict=True)
+    }
+    requests, labels = [request for request, _ in labelled.values()], tuple(label for _, label in labelled.values())
     again = sum(map(len, sets)) - len(requests)
     if again:
         notes += (f"{name_of(source)}: {again} prompt{'s' * (again > 1)} that stood in an earlier source skipped.",)
     if not requests:
         raise PromptsError(f'{key} = {name_of(source)} holds no usable prompt: give it rows like {{"prompt": "How do I boil an egg?"}}.')
-    return Prompts(tuple(requests), notes)
+    return Prompts(tuple(requests), notes, labels if any(labels) else ())
 
 
 def name_of(source: str | HubPrompts | Sequence[str | HubPrompts]) -> str:
@@ -222,6 +228,7 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
     name = name_of(source)
     column = source.column if isinstance(source, HubPrompts) else None
     requests: dict[str, Messages] = {}
+    labels: list[str] = []
     faults: dict[str, list[int]] = {"malformed": [], "empty": [], "duplicate": []}
     for number, row in _rows(source, beside, key):
         request = parse_request(_value(row, column))
@@ -233,6 +240,7 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
             faults["duplicate"].append(number)
         else:
             requests[as_text] = request
+            labels.append(_label(row))
     notes = []
     for fault, lines in faults.items():
         if lines:
@@ -243,7 +251,15 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
     if not requests:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise PromptsError(f'{key} = {name} holds no usable prompt{why}: give it rows like {{"prompt": "How do I boil an egg?"}}.')
-    return Prompts(tuple(requests.values()), tuple(notes))
+    return Prompts(tuple(requests.values()), tuple(notes), tuple(labels) if any(labels) else ())
+
+
+def _label(row: Any) -> str:
+    """A row's category or language: text, a number, or the true ones of several flags (as BeaverTails has them)."""
+    found = next((row[name] for name in LABELS if row.get(name) is not None), "") if isinstance(row, dict) else ""
+    if isinstance(found, dict):
+        return " + ".join(sorted(str(name) for name, flag in found.items() if flag is True))
+    return str(found) if isinstance(found, (str, int)) else ""
 
 
 def _value(row: Any, column: str | None) -> Any:
@@ -339,4 +355,4 @@ def hold_back(prompts: Prompts, key: str, share: float = 0.1) -> tuple[Prompts, 
         raise PromptsError(f"{key} holds one prompt only, and a tenth is held back: give it more, or name prompts.eval.")
     held = prompts.requests[every - 1 :: every] or prompts.requests[-1:]
     kept = [r for i, r in enumerate(prompts.requests[: len(prompts) - (len(prompts) < every)]) if (i + 1) % every]
-    return replace(prompts, requests=tuple(kept)), Prompts(held)
+    return Prompts(tuple(kept), prompts.notes), Prompts(held)

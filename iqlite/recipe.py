@@ -12,13 +12,14 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from iqlite.errors import RecipeError
 from iqlite.estimators import ESTIMATORS
 from iqlite.objectives import OBJECTIVES
+from iqlite.recipe_faults import explain, nearest
 
 Placement = Literal["auto", "system", "user"]
 Text = Annotated[str, Field(min_length=1)]
@@ -175,6 +176,15 @@ class Train(Table):
     max_kl_reference: float = Field(5.0, gt=0, description="Stop when the mean KL(policy‖reference), nats a token, exceeds this.")
 
 
+class Judge(Table):
+    """`[judge]`: what comparisons go by; training never sees it."""
+
+    measure: Literal["tone", "shorter", "refusal", "compliance"] = Field(
+        "tone", description="Code measure that answers are compared by; the higher wins (shorter: the fewer words)."
+    )
+    rubric: str = Field("", description="What a judging model is told to look for; without it, the wanted behaviour.")
+
+
 class Recipe(Table):
     """A whole recipe. `path` is the file it came from; relative paths in it are relative to `path`'s folder."""
 
@@ -186,6 +196,7 @@ class Recipe(Table):
     objective: Objective = Field(default_factory=Objective)
     rollout: Rollouts = Field(default_factory=Rollouts)
     train: Train = Field(default_factory=Train)
+    judge: Judge = Field(default_factory=Judge)
 
     _path: Path = Path("recipe.toml")
 
@@ -273,7 +284,7 @@ def parse_recipe(data: Mapping[str, Any], path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(_tuples(data))
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error)}") from None
+        raise RecipeError(f"{path}: {explain(error, Recipe)}") from None
     object.__setattr__(recipe, "_path", path)
     return recipe
 
@@ -312,7 +323,7 @@ def _check_settings(key: str, name: str, known: Mapping[str, Callable[..., Any]]
     fields = (Superior if table == "superior" else Objective).model_fields
     for setting, value in (given or {}).items():
         if setting not in settings:
-            raise ValueError(f"{table}.{setting} isn't a setting of {name!r}{_nearest(setting, [*settings, *fields])}")
+            raise ValueError(f"{table}.{setting} isn't a setting of {name!r}{nearest(setting, [*settings, *fields])}")
         kinds = (bool,) if isinstance(settings[setting], bool) else (int, float)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{table}.{setting} = {value!r} must be {'true or false' if bool in kinds else 'a number'}")
@@ -347,53 +358,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first fault as one sentence with key, value and fix; how many more there are."""
-    faults = error.errors(include_url=False)
-    # A union reports each of its branches: the fault that lies deepest is the one in the branch that was meant.
-    first = max(faults, key=lambda fault: len(fault["loc"])) if all(f["loc"][:2] == faults[0]["loc"][:2] for f in faults) else faults[0]
-    loc = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in UNION_BRANCHES))]
-    key = ".".join(str(part) for part in loc)
-    if first["type"] == "extra_forbidden":
-        table = Recipe if len(loc) == 1 else _table_at(loc[:-1])
-        return f"{key} isn't a key of a recipe{_nearest(str(loc[-1]), list(table.model_fields)) if table else '.'}"
-    if first["type"] == "missing":
-        return f"{key} is missing; add it" + (' (for example train = "prompts.jsonl").' if key == "prompts.train" else ".")
-    if first["type"] == "value_error":
-        return _ended(str(first["ctx"]["error"]))
-    if first["type"] == "model_type":
-        return f"{key} = {first['input']!r} must be a table of keys, [{key}]."
-    message = first["msg"][0].lower() + first["msg"][1:]
-    table = _table_at(loc[:-1])
-    field = table.model_fields.get(str(loc[-1])) if table else None
-    return f"{key} = {first['input']!r}: {message}" + (f" ({field.description})" if field is not None and field.description else ".")
-
-
-UNION_BRANCHES = ("HubPrompts", "str", "constrained-str", "int", "constrained-int")  # what pydantic calls the alternatives of `Source`
-
-
-def _ended(sentence: str) -> str:
-    return sentence if sentence.endswith((".", "?")) else sentence + "."
-
-
-def _table_at(loc: Sequence[Any]) -> type[BaseModel] | None:
-    """The table class at a place in the recipe, for names of keys."""
-    table: Any = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = table.model_fields.get(part)
-        if field is None:
-            return None
-        kinds = [field.annotation, *(k for a in get_args(field.annotation) for k in (a, *get_args(a)))]
-        table = next((k for k in kinds if inspect.isclass(k) and issubclass(k, BaseModel)), None)
-        if table is None:
-            return None
-    return table  # type: ignore[no-any-return]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}."

@@ -22,11 +22,13 @@ Messages = tuple[dict[str, str], ...]
 class Prompts:
     """The requests of one prompt set, cleaned, in file order.
 
-    `notes` are sentences for the user about rows that were skipped or shortened, with line numbers.
+    `notes` are sentences for the user about rows that were skipped or shortened, with line numbers. `labels` are the requests'
+    categories, "" for one without; empty if no row has any.
     """
 
     requests: tuple[Messages, ...]
     notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.requests)

@@ -103,7 +103,11 @@ class RunDir:
         was = self.environment()
         for key in ("base", "prompts"):
             old[key], new[key] = was.get(key), environment.get(key)
-        changed = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+        changed = [
+            f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+            for key in sorted(old | new)
+            if old.get(key) != new.get(key) and not key.startswith("judge.")
+        ]
         if changed:
             raise RunError(
                 f"{self.path} can't be resumed, since the work has changed: {'; '.join(changed[:4])}. Undo that, or start anew with another --out."

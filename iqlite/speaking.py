@@ -1,28 +1,25 @@
-"""One answer, token by token: by the base, by the policy, or by the superior policy itself, which needs no training to be heard.
-
-The superior's tokens are drawn from π̃ (METHOD, equation 3): the base reads what was said so far plain, under the wanted and under the
-unwanted description, as rows of one batch, and the recipe's own estimator combines them.
-"""
+"""One answer, token by token: by the base, by the policy, or by the superior policy itself, which needs no training to be heard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from iqlite.architectures import Shape
 from iqlite.base import Base, load_base
+from iqlite.contrast import draw
 from iqlite.errors import BaseError, RecipeError
 from iqlite.fit import CPU_SHARE
-from iqlite.keyvalues import Decoding
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
 from iqlite.records import Messages, Rollout
-from iqlite.rollout import Sampler, choose, noise, padded
+from iqlite.rollout import Sampler
 from iqlite.session import Session, free_memory, open_session, readings
 
 
@@ -73,32 +70,21 @@ class Speaker:
     def speak(self, voice: str, turns: Messages, sampler: Sampler, *, attempt: int = 0) -> Iterator[int]:
         """The ids of one answer as they are chosen, up to and without an end-of-turn token; the noise is keyed by (seed, attempt, position)."""
         descriptions = self._descriptions() if voice == "superior" else {"": None}
-        prompts = [self.chat.ids(turns, description) for description in descriptions.values()]
-        policy, device = self.policy, self.policy.device
-        longest, new = max(map(len, prompts)), sampler.max_new_tokens
-        ids_BL, real_BL, position_BL = padded(prompts, new, self.chat.stop_ids[0], device)
-        with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
-            cache = Decoding(len(policy.decoder.layers), len(prompts), longest + new, None)
-            for position in range(new):
-                states_BD = policy.decoder(
-                    input_ids=ids_BL,
-                    attention_mask=real_BL[:, : longest + position],
-                    position_ids=position_BL,
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
-                if voice == "superior":
-                    assert self.session is not None
-                    logits_1V, _, _ = self.session.scoring(policy.head, {name: states_BD[i : i + 1] for i, name in enumerate(descriptions)})
-                else:
-                    logits_1V = policy.head(states_BD)
-                uniform_1 = noise(sampler.seed, sampler.stream, attempt, [0], position)
-                token = int(choose(logits_1V, uniform_1, sampler.temperature, sampler.top_p))
-                if token in self.chat.stop_ids:
+        prompts = {name: [self.chat.ids(turns, description)] for name, description in descriptions.items()}
+        policy, stop_ids, session = self.policy, self.chat.stop_ids, self.session
+
+        def predict(states: Mapping[str, Tensor]) -> Tensor:
+            if voice == "superior":
+                assert session is not None
+                return session.scoring(policy.head, states)[0]
+            return policy.head(states[""])
+
+        with _roomy():
+            role = "policy" if voice == "policy" else "reference"
+            for token_1 in draw(policy, role, prompts, predict, stop_ids, sampler, attempt, [0], self.fold):
+                if int(token_1) in stop_ids:
                     return
-                yield token
-                ids_BL = torch.full((len(prompts), 1), token, device=device)
-                position_BL = position_BL[:, -1:] + 1
+                yield int(token_1)
 
     def rewards(self, turns: Messages, ids: list[int]) -> list[float]:
         """log π̃/π_θ of each token of an answer, nats: what a training step would have rewarded it with."""

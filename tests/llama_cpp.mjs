@@ -15,8 +15,10 @@ for (const request of JSON.parse(readFileSync(0, "utf8"))) {
     await sequence.clearHistory();
     if (request.answer === undefined) {
         const ids = [];
-        for await (const token of sequence.evaluate(request.tokens, { temperature: 0 })) {
+        const { temperature = 0, topP = 1, seed } = request;
+        for await (const token of sequence.evaluate(request.tokens, { temperature, topP, topK: 0, seed })) {
             ids.push(Number(token));
+            if (request.stream) process.stdout.write(model.detokenize([token]));
             if (ids.length === request.count) break;
         }
         answers.push(ids);
@@ -28,5 +30,5 @@ for (const request of JSON.parse(readFileSync(0, "utf8"))) {
         answers.push(request.answer.map((token, i) => Math.log(outputs[first + i].next.probabilities.get(token) ?? 1e-30)));
     }
 }
-console.log(JSON.stringify(answers));
+console.log("\n" + JSON.stringify(answers));
 process.exit(0);

@@ -48,7 +48,8 @@ def converter() -> Callable[[Path, Path], None]:
 
 
 def ask(model: Path, requests: list[dict[str, Any]], lora: Path | None = None) -> list[Any]:
-    """Runs llama.cpp: {"tokens": ids, "count": n} → greedy ids; {"tokens": ids, "answer": ids} → log-probability of each answer token."""
+    """Runs llama.cpp: {"tokens": ids, "count": n} → greedy ids, or drawn with "temperature", "topP" and "seed";
+    {"tokens": ids, "answer": ids} → log-probability of each answer token."""
     modules = home() / "node_modules" / "node-llama-cpp"
     node = shutil.which("node")
     if node is None or not modules.is_dir():

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (
-    ("errors", "records"),
+    ("errors", "records", "intervals", "refusals", "recipe_faults"),
     ("hub", "estimators", "objectives", "architectures", "identity"),
     ("recipe", "gguf_files"),
     ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes", "memory"),
@@ -20,13 +20,15 @@ LEVELS = (
     ("rollout", "optimizer"),
     ("superior",),
     ("session",),
-    ("train", "speaking", "merged"),
+    ("train", "contrast", "merged"),
+    ("speaking", "answers"),
+    ("comparison",),
     ("commands",),
     ("cli",),
 )
 """The architecture document; the README quotes it."""
 VERBS = ("train", "compare", "init", "recipe", "plan", "bench", "chat", "merge", "export")
-WITHOUT_TORCH = {"errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli", "identity", "ollama", "card", "gguf_metadata", "gguf_writing"}  # fmt: skip
+WITHOUT_TORCH = {"intervals", "refusals", "recipe_faults", "errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli", "identity", "ollama", "card", "gguf_metadata", "gguf_writing"}  # fmt: skip
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names} | {"__main__": len(LEVELS), "__init__": -1}
 
