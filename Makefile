@@ -27,7 +27,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[compare]'
 	$(BIN)/python -m tests.bench.speed
 
 lint: $(READY)

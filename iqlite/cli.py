@@ -66,7 +66,14 @@ def train(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories of one base, such as runs/cheerful-135m.")],
-    others: Annotated[str, typer.Option("--with", metavar="NAMES", help="Also ask: superior (the target itself, untrained).")] = "",
+    others: Annotated[
+        str,
+        typer.Option(
+            "--with",
+            metavar="NAMES",
+            help="Also: superior (the target itself, untrained), sft, dpo, sdft, ppo (trained under the same recipe).",
+        ),
+    ] = "",
     judge: Annotated[str | None, typer.Option(help="tone, shorter, refusal or compliance; by default the recipe's own.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A prompt file instead of the held-out prompts; a category column is kept apart.")
@@ -146,6 +153,23 @@ def plan(
             recipe, set or [], vram=vram, card=card, device=device.value if device else None, everything=all, as_json=json, console=out
         )
     )
+
+
+@app.command()
+def probe(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="How many held-out prompts are answered.")] = 16,
+    strengths: Annotated[list[float] | None, typer.Option("--strength", help="A strength to try; can be given several times.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Preference pairs, JSON lines with prompt, chosen and rejected: does π̃ agree?")] = None,
+    json: Json = False,
+) -> None:
+    """Before training: does the description move this base, where, at which strength?"""
+    from iqlite.commands import probe as verb
+    from iqlite.terminal import console
+
+    out = console(stderr=json)
+    raise typer.Exit(verb.run(recipe, set or [], prompts=prompts, pairs=pairs, strengths=strengths, as_json=json, console=out))
 
 
 @app.command()

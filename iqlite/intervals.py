@@ -29,6 +29,10 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3g} ({self.low:.3g}..{self.high:.3g})"
 
+    def percent(self) -> str:
+        """A share as 62 % (55..69)."""
+        return f"{100 * self.value:.0f} % ({100 * self.low:.0f}..{100 * self.high:.0f})"
+
     def excludes(self, value: float) -> bool:
         """True if the interval doesn't hold `value`: the difference is significant at 5 %."""
         return not self.low <= value <= self.high

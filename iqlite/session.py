@@ -19,7 +19,7 @@ import torch
 from iqlite.architectures import Shape
 from iqlite.base import Base, device_and_dtype, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
-from iqlite.errors import BaseError
+from iqlite.errors import BaseError, RecipeError
 from iqlite.estimators import ESTIMATORS
 from iqlite.fit import CAPS, choose, given_widths, refusal
 from iqlite.gguf_files import EMBEDDED
@@ -78,6 +78,15 @@ class Session:
             return None
         shown = tuple(turn for description in found for turn in description.demonstrations)
         return Description(" ".join(description.text for description in found), shown, self.placement)
+
+    def with_strength(self, strength: float) -> Session:
+        """The same with another strength of the contrast in π̃; RecipeError for a number it can't be."""
+        if not 0 <= strength < 1000:
+            now = self.recipe.superior.settings()["strength"]
+            raise RecipeError(f"the strength {strength:g} can't be used: give one from 0 to 1000, such as {now:g}.")
+        superior = self.recipe.superior.model_copy()
+        superior.__pydantic_extra__ = {**(self.recipe.superior.model_extra or {}), "strength": strength}
+        return replace(self, recipe=self.recipe.model_copy(update={"superior": superior}))
 
     def sampler(self, stream: str) -> Sampler:
         """How rollouts are drawn."""

@@ -57,15 +57,7 @@ class Speaker:
         """The same with another strength of the contrast in π̃; RecipeError without a recipe or for a number it can't be."""
         if self.session is None:
             raise RecipeError("a model alone has no superior policy: chat with a recipe or a run.")
-        recipe = self.session.recipe
-        if not 0 <= strength < 1000:
-            raise RecipeError(
-                f"the strength {strength:g} can't be used: give one from 0 to 1000, such as {recipe.superior.settings()['strength']:g}."
-            )
-        superior = recipe.superior.model_copy()
-        superior.__pydantic_extra__ = {**(recipe.superior.model_extra or {}), "strength": strength}
-        changed = recipe.model_copy(update={"superior": superior})
-        return replace(self, session=replace(self.session, recipe=changed))
+        return replace(self, session=self.session.with_strength(strength))
 
     def speak(self, voice: str, turns: Messages, sampler: Sampler, *, attempt: int = 0) -> Iterator[int]:
         """The ids of one answer as they are chosen, up to and without an end-of-turn token; the noise is keyed by (seed, attempt, position)."""

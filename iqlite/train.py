@@ -129,7 +129,7 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
             widest = max(batches, key=len)
             with session.sizes.fitting("update_tokens", len(widest), row_tokens(session, rollout, widest[0])) as again:
                 for rows in batches:
-                    parts.append(_backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
+                    parts.append(backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
         first = first or TokenStatistics.join(parts)
         norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
         optimizer.zero_grad(set_to_none=True)  # the next rollout can use their memory
@@ -139,7 +139,7 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
     return first, norm
 
 
-def _backward(
+def backward(
     session: Session,
     rollout: Rollout,
     scores: SuperiorScores,

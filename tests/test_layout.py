@@ -21,13 +21,13 @@ LEVELS = (
     ("superior",),
     ("session",),
     ("train", "contrast", "merged"),
-    ("speaking", "answers"),
-    ("comparison",),
+    ("speaking", "answers", "baselines", "peers"),
+    ("comparison", "probing", "contenders"),
     ("commands",),
     ("cli",),
 )
 """The architecture document; the README quotes it."""
-VERBS = ("train", "compare", "init", "recipe", "plan", "bench", "chat", "merge", "export")
+VERBS = ("train", "compare", "init", "recipe", "plan", "bench", "chat", "merge", "export", "probe")
 WITHOUT_TORCH = {"intervals", "refusals", "recipe_faults", "errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli", "identity", "ollama", "card", "gguf_metadata", "gguf_writing"}  # fmt: skip
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names} | {"__main__": len(LEVELS), "__init__": -1}

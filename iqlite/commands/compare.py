@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from iqlite.answers import Answerer, adapter_digest, collect, told_answerers
 from iqlite.comparison import Answers, Figures, by_category, contests, figures, ratings, scores
+from iqlite.contenders import BASELINES, baseline, check_methods
 from iqlite.contrast import check_heard
 from iqlite.errors import RunError
 from iqlite.intervals import Estimate, outcomes
@@ -27,7 +28,6 @@ from iqlite.terminal import clean, table
 
 EXAMPLE = 400  # characters of an example answer
 COMPARISON = "compare.json"
-OTHERS = ("superior",)
 TRAINED = "trained"
 
 
@@ -36,17 +36,18 @@ def run(
     others: Sequence[str], judge: str | None, as_json: bool, console: Console,
 ) -> int:  # fmt: skip
     """Answers, measures, prints, and writes compare.json into the first run; returns the exit code."""
-    unknown = [name for name in others if name not in OTHERS]
-    if unknown:
-        raise RunError(f"--with {unknown[0]!r} isn't one of {', '.join(OTHERS)}: give names with commas between, such as --with superior.")
     run_dir = RunDir.open(runs[0])
     start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
     measure = judge or recipe.judge.measure
     if measure not in MEASURES:
         raise RunError(f"--judge {measure!r} isn't one of {', '.join(MEASURES)}.")
+    check_methods(others)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
+    baselines = [name for name in others if name in BASELINES]
+    for name in baselines:  # each with the base in memory, before the comparison's own
+        more[name] = baseline(run_dir, name, lambda text: console.print(f"[dim]{text}[/]"))
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     if "superior" in others:
@@ -146,22 +147,23 @@ def _show(
             rate, controlled, name = Estimate(**one["win_rate"]), Estimate(**one["length_controlled"]), one["against"]
             mine, other = rated[TRAINED], rated[name]
             cells.append(
-                [clean(name), percent(rate), percent(controlled), "yes" if one["significant"] else "no", f"{mine.value - other.value:+.0f}"]
+                [
+                    clean(name),
+                    rate.percent(),
+                    controlled.percent(),
+                    "yes" if one["significant"] else "no",
+                    f"{mine.value - other.value:+.0f}",
+                ]
             )
         title = f"{TRAINED} wins by {measure} (95 % intervals; ties are halves)"
         console.print(table(title, ["against", "win rate", "at equal length", "significant", "Elo"], cells))
     if result["categories"]:
         names = list(result["categories"][0]["scores"])
         cells = [
-            [clean(c["category"]), str(c["prompts"]), *(f"{c['scores'][n]:.3f}" for n in names), percent(Estimate(**c["win_rate"]))]
+            [clean(c["category"]), str(c["prompts"]), *(f"{c['scores'][n]:.3f}" for n in names), Estimate(**c["win_rate"]).percent()]
             for c in result["categories"]
         ]
         console.print(table(f"{measure} by category", ["", "prompts", *map(clean, names), f"{TRAINED} beats base"], cells))
-
-
-def percent(rate: Estimate) -> str:
-    """62 % (55..69)."""
-    return f"{100 * rate.value:.0f} % ({100 * rate.low:.0f}..{100 * rate.high:.0f})"
 
 
 def _example(asked: Prompts) -> int:

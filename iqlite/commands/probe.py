@@ -1,0 +1,87 @@
+"""`iqlite probe`: does a description move this base at all, where, at which strength, and do human preferences agree? Nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from iqlite.contrast import check_heard
+from iqlite.intervals import Estimate
+from iqlite.judges import MEASURES
+from iqlite.probing import RANKINGS, STRENGTHS, contrast, lint, load_pairs, ranks, suggested, verdict, voices
+from iqlite.recipe import load_recipe
+from iqlite.rollout import Sampler
+from iqlite.session import open_session, within_memory
+from iqlite.terminal import clean, table
+
+EXAMPLE = 160
+LONGEST = 256  # tokens of an answer of a pair that are read
+
+
+def run(
+    recipe_path: Path, overrides: Sequence[str], *, prompts: int, pairs: Path | None, strengths: Sequence[float] | None, as_json: bool, console: Console
+) -> int:  # fmt: skip
+    """Reads, answers, prints; returns the exit code."""
+    recipe = load_recipe(recipe_path, overrides)
+    recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})  # the bare base is what is probed
+    strengths = strengths or STRENGTHS
+    given = load_pairs(pairs) if pairs else []
+    behavior = recipe.behavior
+    described = [(behavior.wanted, behavior.unwanted), *((p.wanted, p.unwanted) for p in behavior.mixture)]
+    notes = [note for wanted, unwanted in described for note in lint(wanted, unwanted)]
+    session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
+    check_heard(session)
+    requests = session.eval.requests[:prompts]
+    name = recipe.judge.measure
+    with within_memory(recipe, "with --set, and probe again"), Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("answering and reading", total=2 + len(strengths) + 2 + 2 * len(given) / 16)
+
+        def done(what: str) -> None:
+            progress.advance(task)
+            if progress.disable:
+                console.print(f"answered: {what}", markup=False)
+
+        sampler = Sampler(recipe.train.seed, recipe.rollout.max_new_tokens, 0.7, 0.9, "probe")
+        found = voices(session, requests, sampler, MEASURES[name], strengths, done)
+        where = contrast(session, session.answers("reference", requests, session.sampler("probe")))
+        progress.advance(task)
+        ranked = ranks(session, given, LONGEST, lambda rows: progress.advance(task, rows / 16)) if given else {}
+    likely, why = verdict(where, found, name)
+    best = suggested(found)
+    if as_json:
+        result = {
+            "likely": likely, "why": why, "measure": name, "prompts": len(requests), "contrast": asdict(where), "voices": [asdict(v) for v in found],
+            "suggested": best, "lint": notes, "pairs": len(given), "ranks": ranked,
+        }  # fmt: skip
+        print(json.dumps(result))
+        return 0
+    for note in (*session.notes, *notes):
+        console.print(f"[yellow]{clean(note)}[/]")
+    cells = [
+        [clean(v.name), f"{v.score:.3f}", f"{v.score_se:.3f}", "" if v.name == "base" else str(v.difference), f"{v.differs:.0%}", f"{v.base_nll:.2f}"]
+        for v in found
+    ]  # fmt: skip
+    columns = ["", name, "± se", "from the base", "other words", "base nats"]
+    console.print(table(f"answers to {len(requests)} held-out prompts, from the same noise", columns, cells))
+    for v in found:
+        console.print(f"[bold]{clean(v.name)}[/]: {clean(v.example, EXAMPLE)}")
+    by_part = " · ".join(f"{nats:.3f}" for nats in where.kl_by_part)
+    console.print(
+        f"contrast: KL(π_ref‖π̃) {where.kl_superior:.3f} nats a token over {where.tokens} tokens; by quarters of the answer {by_part}"
+    )
+    console.print(f"          {where.clipped_share:.1%} of Δ clipped, {where.implausible_mass:.1%} of the mass implausible")
+    if given:
+        cells = [[way, Estimate(**ranked[way]).percent(), RANKINGS[way]] for way in RANKINGS]
+        console.print(table(f"how often the chosen answer of {len(given)} pairs is ranked first", ["by", "chosen first", ""], cells))
+        first = Estimate(**ranked["superior − base, sum"])
+        if not first.low > 0.5:
+            console.print("[yellow]This base's superior estimate ranks these pairs no better than chance.[/]")
+    if best:
+        console.print(f"suggested: superior.strength = {best.rpartition(' ')[2]}, the weakest within a standard error of the best that isn't much stranger to the base")  # fmt: skip
+    console.print(f"[{'green' if likely else 'bold yellow'}]{clean(why)}[/]")
+    return 0

@@ -1,0 +1,151 @@
+"""SFT, DPO and SDFT by TRL's own trainers under a recipe: its base, prompts, adapter shape, steps and sampled tokens (extra iqlite[compare]).
+
+SFT learns the told base's answers; DPO prefers them to the base's plain ones (no human data, after RLCD and DLMA); SDFT distils the told
+base into the policy's own answers. The answers that SFT and DPO learn from are sampled by iqlite, once, from the base.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iqlite.base import Base, load_base
+from iqlite.errors import RunError
+from iqlite.recipe import Recipe
+from iqlite.records import Messages
+from iqlite.session import open_session
+from iqlite.train import prompts_of_step
+
+TRL = ("sft", "dpo", "sdft")
+DPO_BETA = 0.1  # TRL's and the paper's default (arXiv 2305.18290)
+DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-level objectives; ours
+
+
+def check_trl() -> None:
+    """RunError unless TRL is installed."""
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        raise RunError("--with sft, dpo and sdft need TRL: pip install 'iqlite[compare]', or leave them out.") from None
+
+
+def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Trains one of `TRL` and saves its adapter into `folder`; what it took."""
+    begin = time.perf_counter()
+    rows, tokens, steps = _rows(name, recipe, placement, say)
+    sampled = time.perf_counter() - begin
+    base = load_base(
+        recipe.model.base,
+        recipe.model.quantization,
+        revision=recipe.model.revision,
+        beside=recipe.folder,
+        embeddings=recipe.model.embeddings,
+    )
+    per_step = recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1)
+    rate = recipe.train.learning_rate * (DPO_RATE if name == "dpo" else 1)
+    trainer = _trainer(name, recipe, base, rows, folder, per_step=max(1, per_step), steps=steps, rate=rate)
+    if base.device.type == "cpu":
+        for parameter in trainer.model.parameters():  # some trainers make adapters bfloat16 over a 4-bit base
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    _report(trainer, name, say)
+    trainer.train()
+    trainer.model.save_pretrained(str(folder), selected_adapters=["default"])
+    base.identity.write(folder)
+    shutil.rmtree(folder / ".trainer", ignore_errors=True)
+    if name == "sdft":
+        lengths = [line["completions/mean_length"] for line in trainer.state.log_history if "completions/mean_length" in line]
+        tokens = int(sum(lengths) * per_step)
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    seconds = time.perf_counter() - begin
+    return {"steps": steps, "sampled_tokens": tokens, "seconds": seconds, "sampling_seconds": sampled, "learning_rate": rate}
+
+
+def _rows(name: str, recipe: Recipe, placement: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, int]:
+    """(rows for the trainer, tokens sampled for them, steps): as many answers as the recipe's own run samples."""
+    session = open_session(recipe, placement=placement, say=say)
+    if session.wanted is None:
+        raise RunError(f"{recipe.path}: --with {name} needs a described behaviour, and estimator {recipe.superior.estimator!r} has none.")
+    wanted, steps = session.wanted.text, recipe.total_steps(len(session.train))
+    rows: list[dict[str, Any]] = []
+    tokens = 0
+    for step in range(1, steps + 1):
+        chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
+        if name == "dpo":  # two answers to a prompt: half the prompts, so that as many tokens are sampled
+            chosen = chosen[: max(1, len(chosen) // 2)]
+        requests = [session.train.requests[i] for i in chosen]
+        if name == "sdft":
+            rows += [{"prompt": _plain(r), "privileged_context": wanted} for r in requests]
+            continue
+        sampler = session.sampler("peers")
+        texts: list[list[str]] = []
+        for description in (session.wanted, None)[: 2 if name == "dpo" else 1]:
+            rollout = session.answers("reference", requests, sampler, description=description, step=step, index=chosen)
+            texts.append([session.chat.text(rollout.response_ids(row)) for row in range(len(chosen))])
+            tokens += int(rollout.mask_BT.sum())
+        for row, request in enumerate(requests):
+            answers = [[{"role": "assistant", "content": side[row]}] for side in texts]
+            prompt = {"prompt": _plain(request)}
+            rows.append(prompt | ({"chosen": answers[0], "rejected": answers[1]} if name == "dpo" else {"completion": answers[0]}))
+        say(f"sampled what {name} learns from: step {step} of {steps}")
+    del session
+    gc.collect()
+    return rows, tokens, steps
+
+
+def _report(trainer: Any, name: str, say: Callable[[str], None]) -> None:
+    """The trainer's progress through `say`; its own would print into standard output."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, {time.perf_counter() - begin:.0f} s")
+
+    begin = time.perf_counter()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Told())
+
+
+def _plain(request: Messages) -> list[dict[str, str]]:
+    return [dict(turn) for turn in request]
+
+
+def _trainer(
+    name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], folder: Path, *, per_step: int, steps: int, rate: float
+) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    cuda = base.device.type == "cuda"
+    options = dict(
+        output_dir=str(folder / ".trainer"), max_steps=steps, per_device_train_batch_size=per_step, learning_rate=rate,
+        lr_scheduler_type=recipe.train.schedule, warmup_steps=max(1, round(recipe.train.warmup * steps)), bf16=cuda, use_cpu=not cuda,
+        gradient_checkpointing=cuda, logging_steps=1, save_strategy="no", report_to="none", seed=recipe.train.seed, disable_tqdm=True,
+        max_grad_norm=recipe.train.max_grad_norm,
+    )  # fmt: skip
+    lora = LoraConfig(r=recipe.adapter.rank, lora_alpha=recipe.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    parts = dict(model=base.model, processing_class=base.tokenizer, train_dataset=Dataset.from_list(rows), peft_config=lora)
+    if name == "sft":
+        from trl import SFTConfig, SFTTrainer
+
+        return SFTTrainer(args=SFTConfig(**options, completion_only_loss=True), **parts)
+    if name == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        return DPOTrainer(args=DPOConfig(**options, beta=DPO_BETA), **parts)
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    config = SDFTConfig(
+        **options, num_generations=1, max_completion_length=recipe.rollout.max_new_tokens, distillation_mode="topk_logits",
+        distillation_alpha=1.0, teacher_model_kind="base", teacher_prompt_template="{privileged_context}\n\n{prompt}",
+    )  # fmt: skip
+    return SDFTTrainer(args=config, **parts)

@@ -1,0 +1,233 @@
+"""Whether a description is worth training, before any training: what the readings differ by and where, what told and superior say,
+which strength, and whether human preferences agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iqlite.answers import base_nll, told_answerers
+from iqlite.contrast import superior_answers
+from iqlite.errors import PromptsError
+from iqlite.intervals import Estimate, paired, wilson
+from iqlite.prompts import parse_request
+from iqlite.records import Messages, Rollout
+from iqlite.rollout import Sampler
+from iqlite.session import Session
+
+PARTS = 4  # quarters of an answer
+STRENGTHS = (1.0, 2.0, 3.0, 5.0)
+SAME_SIZE = 1.5  # how much longer one description may be than the other
+WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; ours
+STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the told ones; ours
+COMMON = frozenset(
+    ("a", "an", "and", "are", "as", "at", "be", "in", "is", "it", "of", "or", "the", "to", "with", "you", "your", "always", "never", "not")
+)
+
+
+def lint(wanted: str | None, unwanted: str | None) -> list[str]:
+    """What the form of two descriptions gives away beside their meaning, a sentence each."""
+    if not wanted or not unwanted:
+        return []
+    notes = []
+    sizes = [len(text.split()) for text in (wanted, unwanted)]
+    if max(sizes) > SAME_SIZE * min(sizes):
+        notes.append(f"wanted has {sizes[0]} words and unwanted {sizes[1]}: alike in length, they'd differ in meaning alone.")
+    sentences = [sum(text.count(mark) for mark in ".!?") for text in (wanted, unwanted)]
+    if sentences[0] != sentences[1]:
+        notes.append(f"wanted has {sentences[0]} sentences and unwanted {sentences[1]}: the same number keeps the contrast clean.")
+    first, second = (text.split()[:2] for text in (wanted.lower(), unwanted.lower()))
+    if first[0] != second[0]:
+        notes.append(
+            f"wanted begins with {wanted.split()[0]!r} and unwanted with {unwanted.split()[0]!r}: begin both alike, such as You are …"
+        )
+    words, others = ({w.strip(".,;:!?\"'") for w in text.lower().split()} - COMMON for text in (wanted, unwanted))
+    if words == others:
+        notes.append("both descriptions use the same words: say the opposite in other words, since a small model overlooks a not.")
+    return notes
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What the readings differ by on the base's own answers, nats a token, and where in the answer."""
+
+    kl_superior: float
+    kl_by_part: tuple[float, ...]
+    clipped_share: float
+    implausible_mass: float
+    tokens: int
+
+
+def contrast(session: Session, rollout: Rollout) -> Contrast:
+    """KL(π_ref‖π̃) by quarters of the answers, clipped share and implausible mass. The rollout is the base's."""
+    values = session.score(rollout, weights="base").values
+    length_B = rollout.mask_BT.sum(-1)
+    part_BT = torch.arange(rollout.mask_BT.shape[1])[None] * PARTS // length_B[:, None].clamp(min=1)
+    part_N, kl_N = part_BT[rollout.mask_BT], values["kl/policy_superior"]
+    by_part = tuple(float(kl_N[part_N == part].mean()) if (part_N == part).any() else math.nan for part in range(PARTS))
+
+    def mean(name: str) -> float:
+        return float(values[name].mean()) if name in values else 0.0
+
+    return Contrast(float(kl_N.mean()), by_part, mean("superior/clipped_share"), mean("superior/implausible_mass"), len(kl_N))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Some answers' score by the recipe's measure: mean, its standard error, difference from the base's with its interval, strangeness."""
+
+    name: str
+    score: float
+    score_se: float
+    difference: Estimate
+    differs: float
+    base_nll: float
+    example: str
+
+
+def voices(
+    session: Session, requests: Sequence[Messages], sampler: Sampler, measure: Callable[[str], float], strengths: Sequence[float],
+    done: Callable[[str], None],
+) -> list[Voice]:  # fmt: skip
+    """Base, told base and superiors of several strengths on the same prompts from the same noise."""
+    rollouts = {"base": session.answers("reference", requests, sampler)}
+    done("base")
+    for told in told_answerers(session):
+        rollouts[told.name] = session.answers("reference", requests, sampler, description=told.description)
+        done(told.name)
+    for strength in strengths:
+        rollouts[f"superior, strength {strength:g}"] = superior_answers(session.with_strength(strength), requests, sampler)
+        done(f"superior, strength {strength:g}")
+    found: list[Voice] = []
+    texts = {name: [session.chat.text(r.response_ids(row)) for row in range(len(requests))] for name, r in rollouts.items()}
+    base = np.array([measure(text) for text in texts["base"]])
+    for name, rollout in rollouts.items():
+        score = np.array([measure(text) for text in texts[name]])
+        tokens_B = rollout.mask_BT.sum(-1)
+        nll = float((torch.tensor(base_nll(session, rollout)) * tokens_B).sum() / tokens_B.sum())
+        differs = float(np.mean([a != b for a, b in zip(texts[name], texts["base"], strict=True)]))
+        error = float(score.std(ddof=1) / len(score) ** 0.5) if len(score) > 1 else 0.0
+        found.append(Voice(name, float(score.mean()), error, paired((score - base)[:, None]), differs, nll, texts[name][0]))
+    return found
+
+
+def suggested(found: Sequence[Voice]) -> str | None:
+    """The weakest superior within a standard error of the best, among those that aren't much stranger to the base than the told answers."""
+    told = [voice for voice in found if voice.name.startswith("told")]
+    limit = max((voice.base_nll for voice in told), default=math.inf) + STRANGE
+    superiors = [voice for voice in found if voice.name.startswith("superior")]
+    sane = [voice for voice in superiors if voice.base_nll <= limit] or superiors[:1]
+    if not sane:
+        return None
+    best = max(sane, key=lambda voice: voice.score)
+    return next(voice.name for voice in sane if voice.score >= best.score - best.score_se)
+
+
+def verdict(where: Contrast, found: Sequence[Voice], measure: str) -> tuple[bool, str]:
+    """(whether training is likely to help, why): in a sentence."""
+    if where.kl_superior < WEAK_KL:
+        return False, (
+            f"Training is unlikely to help: the superior policy is only {where.kl_superior:.3f} nats a token from the base, so there is next to nothing to learn. "
+            "Add demonstrations, or say the behaviour in simpler words."
+        )
+    moved = [voice for voice in found if voice.name != "base" and voice.difference.low > 0]
+    if not moved:
+        return False, (
+            f"Training is unlikely to help, as far as {measure} tells: neither told nor superior answers differ from the base's beyond chance. "
+            "Add demonstrations, use a larger base, or judge by another measure."
+        )
+    best = max(moved, key=lambda voice: voice.score)
+    return True, f"Training is likely to help: {best.name} moves {measure} by {best.difference} from the base."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A request with the answer people chose and the one they rejected."""
+
+    request: Messages
+    chosen: str
+    rejected: str
+
+
+def load_pairs(path: Path) -> list[Pair]:
+    """JSON lines with `prompt` (or `messages`), `chosen` and `rejected` texts; PromptsError with the line that isn't so."""
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptsError(f"--pairs {path} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            request = parse_request(row.get("prompt") or row.get("messages"))
+            chosen, rejected = row["chosen"], row["rejected"]
+        except (ValueError, KeyError, AttributeError):
+            request, chosen, rejected = None, None, None
+        if request is None or not isinstance(chosen, str) or not isinstance(rejected, str):
+            raise PromptsError(f'--pairs {path}: line {number} must look like {{"prompt": …, "chosen": …, "rejected": …}}.')
+        found.append(Pair(request, chosen.strip(), rejected.strip()))
+    if not found:
+        raise PromptsError(f"--pairs {path} holds no pair.")
+    return found
+
+
+RANKINGS = {
+    "superior − base, sum": "log π̃ − log π_ref over the answer",
+    "superior − base, per token": "the same, a token",
+    "likelihood, sum": "log π_ref over the answer: a control",
+    "likelihood, per token": "the same, a token: a control",
+    "the shorter answer": "a control",
+}
+
+
+def ranks(session: Session, pairs: Sequence[Pair], longest: int, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+    """How often each way to rank puts the chosen answer first: share with Wilson's interval. Answers are cut at `longest` tokens."""
+    sides = {side: _values(session, [(p.request, getattr(p, side)) for p in pairs], longest, progress) for side in ("chosen", "rejected")}
+    found = {}
+    for name in RANKINGS:
+        first, second = (_ranking(name, sides[side]) for side in ("chosen", "rejected"))
+        won = float((first > second).sum() + 0.5 * (first == second).sum())
+        found[name] = asdict(wilson(won, len(pairs)))
+    return found
+
+
+def _ranking(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    what, _, how = name.partition(", ")
+    if what == "the shorter answer":
+        return -values["tokens"]
+    total = values["logp"] if what == "likelihood" else values["reward"]
+    return total / values["tokens"] if how == "per token" else total
+
+
+def _values(
+    session: Session, answers: Sequence[tuple[Messages, str]], longest: int, progress: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Sums over each answer: log π̃ − log π_ref, log π_ref, tokens. The adapter is untouched, so the policy is the base."""
+    chat, found = session.chat, {"reward": [], "logp": [], "tokens": []}  # type: ignore[var-annotated]
+    step = 16
+    for at in range(0, len(answers), step):
+        part = answers[at : at + step]
+        ids = [[*chat.tokenizer(text, add_special_tokens=False).input_ids[: longest - 1], chat.stop_ids[-1]] for _, text in part]
+        width = max(map(len, ids))
+        tokens_BT = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+        mask_BT = torch.arange(width)[None] < torch.tensor([[len(row)] for row in ids])
+        requests = tuple(chat.cut(request, session.policy.base.context - width - 256) for request, _ in part)
+        prompts = tuple(tuple(chat.ids(request)) for request in requests)
+        rollout = Rollout(tuple(range(len(part))), requests, prompts, tokens_BT, mask_BT, torch.ones(len(part), dtype=torch.bool))
+        values = session.score(rollout, weights="base").values
+        for name in ("reward", "logp"):
+            per_BT = torch.zeros(mask_BT.shape)
+            per_BT[mask_BT] = values[name]
+            found[name] += per_BT.double().sum(-1).tolist()
+        found["tokens"] += mask_BT.sum(-1).tolist()
+        progress(len(part))
+    return {name: np.array(value) for name, value in found.items()}

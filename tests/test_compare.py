@@ -1,0 +1,173 @@
+"""Comparisons: the superior's answers in a batch, answers kept and not asked again, others' runs, categories, baselines under one recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iqlite.answers import Answerer, base_nll, collect
+from iqlite.baselines import Value, gae, rewards
+from iqlite.contrast import superior_answers
+from iqlite.rollout import Sampler
+from iqlite.rundir import RunDir
+from iqlite.session import Session, open_session
+from iqlite.speaking import Speaker
+
+SHARP = {"strength": 2.0, "clip": 4.0, "plausibility": 1e-3}
+
+
+def test_a_batch_of_superior_answers_is_what_chat_says_one_by_one(make_run: Callable[..., RunDir]) -> None:
+    run = make_run(superior=SHARP)
+    speaker = Speaker.of_recipe(run.recipe(), run.adapter, "system", lambda text: None)
+    session = speaker.session
+    assert session is not None
+    requests = [({"role": "user", "content": text},) for text in ("Hi.", "What is the capital of the moon?", "A word.")]
+    for temperature in (0.0, 1.0):
+        sampler = Sampler(4, 8, temperature, 0.9, "chat")
+        rollout = superior_answers(session, requests, sampler)
+        one = list(speaker.speak("superior", requests[0], sampler))
+        ids = rollout.response_ids(0)
+        assert one == (ids[:-1] if ids[-1] in session.chat.stop_ids else ids)
+        if temperature == 0.0:
+            for row, request in enumerate(requests):
+                ids = rollout.response_ids(row)
+                assert list(speaker.speak("superior", request, sampler)) == (ids[:-1] if ids[-1] in session.chat.stop_ids else ids)
+
+
+def test_strangeness_is_the_models_own_cross_entropy(make_session: Callable[..., Session]) -> None:
+    session = make_session()
+    rollout = session.answers("reference", session.eval.requests, Sampler(0, 6))
+    found = base_nll(session, rollout)
+    with session.policy.acting_as("reference"):
+        for row, prompt in enumerate(rollout.prompt_ids):
+            answer = rollout.response_ids(row)
+            ids = torch.tensor([[*prompt, *answer]])
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            assert found[row] == pytest.approx(float(session.policy.model(input_ids=ids, labels=labels).loss), abs=1e-4)
+
+
+def test_what_was_answered_is_not_asked_again_and_a_cut_line_is(make_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    session = open_session(run.recipe(), start=run.adapter, placement="system")
+    who, samplers = Answerer("base", "reference"), [Sampler(seed, 6, 1.0, 1.0, "compare") for seed in (0, 1)]
+    asked: list[int] = []
+    answers = Session.answers
+
+    def counted(self: Session, *arguments: Any, **named: Any) -> Any:
+        asked.append(1)
+        return answers(self, *arguments, **named)
+
+    monkeypatch.setattr(Session, "answers", counted)
+    first = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
+    assert len(asked) == 2 and len(first) == 2 and len(first[0]) == len(session.eval)
+    assert collect(session, run, who, session.eval.requests, samplers, lambda rows: None) == first and len(asked) == 2
+    (file,) = (run.path / "answers").iterdir()
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) + lines[-1][:20], "utf-8")
+    assert collect(session, run, who, session.eval.requests, samplers, lambda rows: None) == first and len(asked) == 3
+    hotter = [Sampler(0, 6, 2.0, 1.0, "compare")]
+    assert collect(session, run, who, session.eval.requests, hotter, lambda rows: None) != first[:1] and len(asked) == 4
+
+
+def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
+    first, second = make_run("one", superior=SHARP), make_run("two", train={"seed": 5})
+    rows = [{"prompt": f"Question {n}?", "category": "even" if n % 2 == 0 else "odd"} for n in range(6)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--with", "prompting,superior", "--prompts", "asked.jsonl", "--seeds", "2", "--judge", "shorter"]
+    code, out, err = iqlite("compare", first.path, second.path, *options, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    names = [m["name"] for m in found["measures"]]
+    assert names == ["base", "told (system turn)", "told (user turn)", "superior", "two", "trained"]
+    assert [c["category"] for c in found["categories"]] == ["even", "odd"] and found["categories"][0]["prompts"] == 3
+    assert found["elo"]["base"]["value"] == 0 and {c["against"] for c in found["contests"]} == set(names) - {"trained"}
+    for contest in found["contests"]:
+        assert 0 <= contest["win_rate"]["low"] <= contest["win_rate"]["value"] <= contest["win_rate"]["high"] <= 1
+        assert contest["win_rate"]["value"] == pytest.approx(contest["win_rate_by_prompt"]["value"])
+    code, shown, _ = iqlite("compare", first.path, second.path, *options)
+    assert code == 0 and "trained wins by shorter" in shown and "shorter by category" in shown
+    assert shown.strip().splitlines()[-1].startswith("shorter base=")
+    code, _, err = iqlite("compare", first.path, "--with", "magic")
+    assert code == 2 and "'magic' isn't one of" in err and err.count("\n") == 1
+    code, _, err = iqlite("compare", first.path, "--judge", "taste")
+    assert code == 2 and "'taste' isn't one of" in err
+    other = make_run("other", model={"base": str(first.recipe().model.base)}, adapter={"rank": 2})
+    assert iqlite("compare", first.path, other.path, "--seeds", "1", "--count", "2")[0] == 0
+
+
+def test_a_model_compared_with_itself_draws(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
+    run = make_run()
+    run.path.rename(tmp_path / "same")
+    import shutil
+
+    shutil.copytree(tmp_path / "same", tmp_path / "twin")
+    code, out, err = iqlite("compare", "same", "twin", "--json", "--seeds", "2")
+    assert code == 0, err
+    contest = next(c for c in json.loads(out)["contests"] if c["against"] == "twin")
+    assert contest["win_rate"]["value"] == 0.5 and not contest["significant"]
+    assert json.loads(out)["elo"]["twin"]["value"] == pytest.approx(json.loads(out)["elo"]["trained"]["value"], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "sdft", "ppo"])
+def test_a_baseline_trains_under_the_run_s_recipe_and_is_kept(
+    iqlite: Callable[..., Any], make_run: Callable[..., RunDir], method: str
+) -> None:
+    run = make_run(superior=SHARP)
+    code, out, err = iqlite("compare", run.path, "--with", method, "--json", "--seeds", "1")
+    assert code == 0, err
+    assert method in [m["name"] for m in json.loads(out)["measures"]]
+    folder = run.path / "baselines" / method
+    record = json.loads((folder / "baseline.json").read_text())
+    assert record["steps"] == 3 and record["sampled_tokens"] > 0 and record["seconds"] > 0
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8.0
+    from safetensors.torch import load_file
+
+    assert any(".lora_B." in n and float(t.abs().max()) > 0 for n, t in load_file(folder / "adapter_model.safetensors").items())
+    before = (folder / "baseline.json").stat().st_mtime_ns
+    assert iqlite("compare", run.path, "--with", method, "--json", "--seeds", "1")[0] == 0
+    assert (folder / "baseline.json").stat().st_mtime_ns == before
+
+
+def test_gae_is_its_definition() -> None:
+    """Â_t = Σ_l (γλ)^l δ_{t+l}, in plain loops; λ = 1 gives returns minus values."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 3, 1]
+    mask = torch.arange(5)[None] < torch.tensor(lengths)[:, None]
+    reward, value = (torch.randn(3, 5, generator=generator) * mask for _ in range(2))
+    advantage, returns = gae(reward, value, mask, gamma=0.9, lam=0.8)
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            total = 0.0
+            for at in range(t, length):
+                following = float(value[b, at + 1]) if at + 1 < length else 0.0
+                total += (0.9 * 0.8) ** (at - t) * (float(reward[b, at]) + 0.9 * following - float(value[b, at]))
+            assert float(advantage[b, t]) == pytest.approx(total, abs=1e-5)
+            assert float(returns[b, t]) == pytest.approx(total + float(value[b, t]), abs=1e-5)
+        assert not advantage[b, length:].any()
+
+
+def test_the_reward_of_a_response_is_equation_7() -> None:
+    logp, reference, superior = (torch.randn(2, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    found = rewards(logp, reference, superior, mask, 0.5)
+    for b, length in enumerate((4, 2)):
+        penalties = [-0.5 * float(logp[b, t] - reference[b, t]) for t in range(length)]
+        end = 0.5 * sum(float(superior[b, t] - reference[b, t]) for t in range(length))
+        assert found[b, :length].tolist() == pytest.approx([*penalties[:-1], penalties[-1] + end], abs=1e-6)
+        assert not found[b, length:].any()
+
+
+def test_the_value_head_learns_returns() -> None:
+    hidden = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    target = hidden @ torch.arange(8.0) / 8 + 0.5
+    value = Value(8)
+    first = value.fit(hidden, target, 1)
+    assert value.fit(hidden, target, 2000) < 0.05 * first
+    assert math.isclose(float((value(hidden[None])[0] - target).square().mean()), value.fit(hidden, target, 1), rel_tol=0.2)
