@@ -14,17 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from iqlite.chunked import spans
 from iqlite.optimizer import apply_update, learning_rate, make_optimizer
-from iqlite.records import Rollout, SuperiorScores
+from iqlite.records import Messages, Rollout, SuperiorScores
+from iqlite.rundir import SAMPLES
 from iqlite.session import Session
 from iqlite.superior import read
 from iqlite.train import backward, micro_batches, policy_states, prompts_of_step
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
+CURVE = "curve.jsonl"
 VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; ours
 
 
@@ -94,6 +97,22 @@ def rewards(logp_BT: Tensor, reference_BT: Tensor, superior_BT: Tensor, mask_BT:
     return reward_BT
 
 
+def eval_prompts(session: Session) -> list[Messages]:
+    """The held-out prompts that an evaluation during training answers: as many as the recipe says, spread over the set."""
+    count = min(session.recipe.prompts.eval_count, len(session.eval))
+    return [session.eval.requests[i] for i in np.linspace(0, len(session.eval) - 1, count).astype(int)]
+
+
+def add_samples(session: Session, folder: Path, step: int, rollout: Rollout) -> None:
+    """Appends held-out answers to a baseline's samples.jsonl."""
+    rows = range(len(rollout.index))
+    lines = [
+        {"step": step, "prompt": rollout.requests[r][-1]["content"], "answer": session.chat.text(rollout.response_ids(r))} for r in rows
+    ]
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
 def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str, float]], None]) -> dict[str, Any]:
     """The recipe's steps by PPO on a fresh adapter, saved into `folder`; what it took."""
     recipe, policy = session.recipe, session.policy
@@ -104,6 +123,8 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
     acting = replace(session, recipe=recipe.model_copy(update={"objective": objective}))
     optimizer, value = make_optimizer(policy, recipe.train.optimizer), Value(policy.head.linear.weight.shape[1])
     begin, tokens, curve = time.perf_counter(), 0, []
+    shown = eval_prompts(session)
+    add_samples(session, folder, 0, session.answers("policy", shown, session.sampler("eval")))
     for step in range(1, total + 1):
         chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
         rollout = session.answers("policy", [session.train.requests[i] for i in chosen], session.sampler("train"), step=step, index=chosen)
@@ -137,6 +158,10 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
         }
         curve.append({"step": step, **values})
         say(step, total, values)
+        if step % recipe.train.eval_every == 0 or step == total:
+            paused = time.perf_counter()
+            add_samples(session, folder, step, session.answers("policy", shown, session.sampler("eval")))
+            begin += time.perf_counter() - paused
     policy.save_adapter(folder)
-    (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve), "utf-8")
+    (folder / CURVE).write_text("".join(json.dumps(line) + "\n" for line in curve), "utf-8")
     return {"steps": total, "sampled_tokens": tokens, "seconds": time.perf_counter() - begin, "learning_rate": recipe.train.learning_rate}

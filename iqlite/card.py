@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from iqlite.prompts import Chat
 
 MANIFEST = "iqlite-manifest.json"
-COMPARISON = "compare.json"
+COMPARISON, SAFETY = "compare.json", "safety.json"
 
 
 def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,17 @@ def figures(run: RunDir) -> dict[str, Any]:
         found["steps"] = evaluated[-1]["step"]
     if (run.path / COMPARISON).is_file():
         found["compare"] = json.loads((run.path / COMPARISON).read_text("utf-8"))
+    if (run.path / SAFETY).is_file():
+        found["safety"] = json.loads((run.path / SAFETY).read_text("utf-8"))
     return found
+
+
+def warnings(manifest: Mapping[str, Any]) -> list[str]:
+    """What got worse in training, as far as it was measured; a sentence each, and that it wasn't where it wasn't."""
+    safety = manifest["figures"].get("safety")
+    if safety is None:
+        return ["Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
+    return [f"{sentence[0].upper()}{sentence[1:]}" for sentence in safety["worse"]]
 
 
 def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
@@ -83,6 +93,7 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
     ]
     lines += ["## Made as", "", *(f"- {key.replace('_', ' ')}: {value}" for key, value in manifest["made"].items()), ""]
     lines += ["## Figures", "", *(_figure_lines(found) or ["None were measured."]), ""]
+    lines += ["## Safety", "", *_safety_lines(found), *(f"- **{sentence}**" for sentence in warnings(manifest)), ""]
     lines += ["## Licences", "", f"- base: {base['licence'] or 'see the page of ' + base['name']}"]
     lines += [f"- training prompts: {', '.join(manifest['prompts']['sources'])}; their licences are their sources'", ""]
     lines += ["## Limits", "", "A described behaviour can carry more than was meant: test what matters to you before you rely on it.", ""]
@@ -109,14 +120,34 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
     if "compare" in found:
         compared = found["compare"]
         lines += ["", f"Answers to {compared['prompts']} held-out prompts × {compared['seeds']} seeds:", ""]
-        lines += ["| | tone | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
+        measure = compared.get("measure", "tone")
+        lines += [f"| | {measure} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| {m['name']} | {m['tone']:.3f} | {m['tone_se']:.3f} | {m['words_median']:g} | {m['ended_share']:.0%} |"
+            f"| {m['name']} | {m.get('score', m['tone']):.3f} | {m.get('score_se', m['tone_se']):.3f} | {m['words_median']:g} | {m['ended_share']:.0%} |"
             for m in compared["measures"]
         ]
     if "kl_adapter_merged" in found:
         lines += ["", f"KL(adapter on its base ‖ merged): {found['kl_adapter_merged']:.5f} nats a token."]
     return lines
+
+
+def _safety_lines(found: Mapping[str, Any]) -> list[str]:
+    """The table of harm, over-refusal and bias; empty if none was measured."""
+    if "safety" not in found:
+        return []
+    figures = found["safety"]["figures"]
+    rows = {
+        "harmful requests granted": ("harmful_compliance", "{:.0%}"),
+        "harmless requests refused": ("over_refusal", "{:.0%}"),
+        "widest gap in tone between groups of people": ("tone_gap", "{:.2f}"),
+    }
+
+    def cell(figure: Any, form: str) -> str:
+        return form.format(figure["value"] if isinstance(figure, dict) else figure)
+
+    lines = [f"| | {' | '.join(figures)} |", "| --- |" + " --- |" * len(figures)]
+    lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
+    return [*lines, "", "Measured on a small English set, by rules: it warns, it doesn't certify.", ""]
 
 
 def sources(recipe: Recipe) -> list[str]:

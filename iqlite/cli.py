@@ -74,7 +74,9 @@ def compare(
             help="Also: superior (the target itself, untrained), sft, dpo, sdft, ppo (trained under the same recipe).",
         ),
     ] = "",
-    judge: Annotated[str | None, typer.Option(help="tone, shorter, refusal or compliance; by default the recipe's own.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="tone, shorter, refusal, compliance (by default the recipe's own), me, reward:NAME, or URL#MODEL.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A prompt file instead of the held-out prompts; a category column is kept apart.")
     ] = None,
@@ -83,12 +85,19 @@ def compare(
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature, the same for all; 0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus truncation, the same for all.")] = 0.9,
     adapter: Annotated[str, typer.Option(help="Which adapter of the run: adapter or best.")] = "adapter",
+    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Also: harm, over-refusal and bias before and after.")] = True,
+    safety_set: Annotated[Path | None, typer.Option(help="Your own safety set instead of the small one that ships.")] = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Only the measure by step, epoch, tokens and minutes, of what training sampled.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compare base, told base and trained models on the same prompts: figures, win rates and Elo with intervals."""
     from iqlite.commands import compare as verb
     from iqlite.terminal import console
 
+    if checkpoints:
+        raise typer.Exit(verb.checkpoints(runs, judge=judge, as_json=json, console=console(stderr=json)))
     raise typer.Exit(
         verb.run(
             runs,
@@ -100,6 +109,8 @@ def compare(
             adapter=adapter,
             others=[name.strip() for name in others.split(",") if name.strip()],
             judge=judge,
+            safety=safety or safety_set is not None,
+            safety_set=safety_set,
             as_json=json,
             console=console(stderr=json),
         )

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from iqlite.answers import Answer
-from iqlite.intervals import Array, Estimate, elo, length_controlled, outcomes, paired, wilson
+from iqlite.intervals import Array, Estimate, elo, length_controlled, paired, wilson
 from iqlite.judges import distinct, refusal, repetition, tone, well_formed, words
+from iqlite.records import Messages
 
 Answers = Mapping[str, Sequence[Sequence[Answer]]]
 """Answerer → [seed][prompt]."""
@@ -23,8 +24,8 @@ class Figures:
 
     name: str
     answers: int
-    score: float | None
-    score_se: float | None
+    score: float
+    score_se: float
     tone: float
     tone_se: float
     words_median: float
@@ -38,7 +39,7 @@ class Figures:
     example: str
 
 
-def figures(name: str, answers: Sequence[Sequence[Answer]], score_PS: Array | None, example: int) -> Figures:
+def figures(name: str, answers: Sequence[Sequence[Answer]], score_PS: Array, example: int) -> Figures:
     """Of one answerer; `score_PS` is the judge's [prompts, seeds]."""
     flat = [answer for seed in answers for answer in seed]
     texts = [answer.answer for answer in flat]
@@ -46,8 +47,8 @@ def figures(name: str, answers: Sequence[Sequence[Answer]], score_PS: Array | No
     return Figures(
         name=name,
         answers=len(flat),
-        score=None if score_PS is None else float(score_PS.mean()),
-        score_se=None if score_PS is None else _standard_error(score_PS.mean(1)),
+        score=float(score_PS.mean()),
+        score_se=_standard_error(score_PS.mean(1)),
         tone=float(tone_P.mean()),
         tone_se=_standard_error(tone_P),
         words_median=statistics.median(map(words, texts)),
@@ -64,32 +65,67 @@ def figures(name: str, answers: Sequence[Sequence[Answer]], score_PS: Array | No
 
 def scores(answers: Answers, measure: Callable[[str], float]) -> Array:
     """[answerers, prompts, seeds] of a code measure."""
-    found: Array = np.array([[[measure(a.answer) for a in seed] for seed in by_seed] for by_seed in answers.values()]).transpose(0, 2, 1)
+    return scores_on(answers, None, lambda _, text: measure(text))
+
+
+def scores_on(answers: Answers, requests: Sequence[Messages] | None, measure: Callable[[Any, str], float]) -> Array:
+    """The same of a judge who sees the requests too."""
+    asked: Sequence[Any] = requests or [None] * len(next(iter(answers.values()))[0])
+    found = [[[measure(r, a.answer) for r, a in zip(asked, seed, strict=True)] for seed in by_seed] for by_seed in answers.values()]
+    return np.array(found).transpose(0, 2, 1)
+
+
+def wins_by_score(names: Sequence[str], focus: str, score_KPS: Array) -> dict[str, Array]:
+    """[prompts, seeds] by opponent: 1 where `focus` scored higher, 0.5 where it drew."""
+    mine = score_KPS[list(names).index(focus)]
+    return {name: (mine > other) + 0.5 * (mine == other) for name, other in zip(names, score_KPS, strict=True) if name != focus}
+
+
+def wins_by_judge(
+    answers: Answers, focus: str, requests: Sequence[Messages], prefers: Callable[[Messages, str, str], float], progress: Callable[[int], None]
+) -> dict[str, Array]:  # fmt: skip
+    """The same by one who looks at two answers at a time."""
+    found = {}
+    for name, given in answers.items():
+        if name == focus:
+            continue
+        won_PS = np.zeros((len(requests), len(given)))
+        for seed, (mine, other) in enumerate(zip(answers[focus], given, strict=True)):
+            for row, request in enumerate(requests):
+                won_PS[row, seed] = prefers(request, mine[row].answer, other[row].answer)
+                progress(1)
+        found[name] = won_PS
     return found
 
 
-def contests(answers: Answers, focus: str, score_KPS: Array) -> list[dict[str, Any]]:
+def games_of(names: Sequence[str], focus: str, won: Mapping[str, Array]) -> Array:
+    """[prompts, K, K] where only `focus` met the others."""
+    at, prompts = list(names).index(focus), len(next(iter(won.values())))
+    games = np.zeros((prompts, len(names), len(names)))
+    for other, name in enumerate(names):
+        if name != focus:
+            games[:, at, other] = won[name].mean(1)
+            games[:, other, at] = 1 - games[:, at, other]
+    return games
+
+
+def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: Array) -> list[dict[str, Any]]:
     """`focus` against everybody else: win rate with Wilson's interval and by resampling prompts, length-controlled, difference in score."""
     names = list(answers)
     at = names.index(focus)
     length_KPS = scores(answers, lambda text: float(words(text)))
-    games_PKK = outcomes(score_KPS)
-    prompts, seeds = score_KPS.shape[1:]
     found = []
-    for other, name in enumerate(names):
-        if other == at:
-            continue
-        won_PS = (score_KPS[at] > score_KPS[other]) + 0.5 * (score_KPS[at] == score_KPS[other])
-        rate, by_prompt = wilson(float(won_PS.sum()), prompts * seeds), paired(games_PKK[:, at, other, None])
+    for name, won_PS in won.items():
+        other = names.index(name)
+        by_prompt = paired(won_PS)
         controlled = length_controlled(won_PS.ravel(), length_KPS[at].ravel(), length_KPS[other].ravel())
-        difference = paired(score_KPS[at] - score_KPS[other])
         found.append(
             {
                 "against": name,
-                "win_rate": asdict(rate),
+                "win_rate": asdict(wilson(float(won_PS.sum()), won_PS.size)),
                 "win_rate_by_prompt": asdict(by_prompt),
                 "length_controlled": asdict(controlled),
-                "difference": asdict(difference),
+                "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
                 "significant": by_prompt.excludes(0.5),
             }
         )
@@ -101,22 +137,16 @@ def ratings(answers: Answers, games_PKK: Array, seeds: int) -> dict[str, Estimat
     return dict(zip(answers, elo(games_PKK, 0, seeds), strict=True))
 
 
-def by_category(answers: Answers, focus: str, score_KPS: Array, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Per category: mean score of everybody, and `focus`'s win rate against the first answerer."""
+def by_category(answers: Answers, won: Mapping[str, Array], score_KPS: Array, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Per category: everybody's mean score, and the win rate against the first answerer."""
     names = list(answers)
-    at = names.index(focus)
     found = []
     for label in dict.fromkeys(labels):
         some = np.array([i for i, one in enumerate(labels) if one == label])
-        won = outcomes(score_KPS[:, some])[:, at, 0].sum() * score_KPS.shape[2]
+        won_PS = won[names[0]][some]
         means = {name: float(score_KPS[k, some].mean()) for k, name in enumerate(names)}
         found.append(
-            {
-                "category": label,
-                "prompts": len(some),
-                "scores": means,
-                "win_rate": asdict(wilson(float(won), len(some) * score_KPS.shape[2])),
-            }
+            {"category": label, "prompts": len(some), "scores": means, "win_rate": asdict(wilson(float(won_PS.sum()), won_PS.size))}
         )
     return found
 

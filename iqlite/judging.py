@@ -156,8 +156,10 @@ class RewardModel:
                 f"the judge {self.name!r} can't be loaded ({str(error).splitlines()[0]}): name a classifier's hub id or folder."
             ) from None
         labels = {str(one).lower(): number for number, one in self.model.config.id2label.items()}
-        if label and label.lower() not in labels or not label and len(labels) > 1:
-            raise RunError(f"the judge {self.name!r} tells {', '.join(labels)} apart: name one of them, such as {self.name}#{list(labels)[0]}.")
+        if label.lower() not in labels if label else len(labels) > 1:
+            raise RunError(
+                f"the judge {self.name!r} tells {', '.join(labels)} apart: name one of them, such as {self.name}#{next(iter(labels))}."
+            )
         self.at = labels[label.lower()] if label else 0
         self.logs = len(labels) > 1
 

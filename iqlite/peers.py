@@ -7,18 +7,22 @@ base into the policy's own answers. The answers that SFT and DPO learn from are 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from iqlite.base import Base, load_base
+from iqlite.baselines import CURVE, eval_prompts
 from iqlite.errors import RunError
+from iqlite.prompts import Chat
 from iqlite.recipe import Recipe
 from iqlite.records import Messages
+from iqlite.rundir import SAMPLES
 from iqlite.session import open_session
 from iqlite.train import prompts_of_step
 
@@ -38,7 +42,7 @@ def check_trl() -> None:
 def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Trains one of `TRL` and saves its adapter into `folder`; what it took."""
     begin = time.perf_counter()
-    rows, tokens, steps = _rows(name, recipe, placement, say)
+    rows, tokens, steps, shown = _rows(name, recipe, placement, say)
     sampled = time.perf_counter() - begin
     base = load_base(
         recipe.model.base,
@@ -54,24 +58,24 @@ def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: C
         for parameter in trainer.model.parameters():  # some trainers make adapters bfloat16 over a 4-bit base
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    _report(trainer, name, say)
+    chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+    _watch(trainer, name, folder, chat, shown, recipe, sampled, float(tokens), say)
     trainer.train()
     trainer.model.save_pretrained(str(folder), selected_adapters=["default"])
     base.identity.write(folder)
     shutil.rmtree(folder / ".trainer", ignore_errors=True)
-    if name == "sdft":
-        lengths = [line["completions/mean_length"] for line in trainer.state.log_history if "completions/mean_length" in line]
-        tokens = int(sum(lengths) * per_step)
+    if name == "sdft":  # it samples as it goes
+        tokens = int(json.loads((folder / CURVE).read_text("utf-8").strip().split("\n")[-1])["tokens"])
     del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    seconds = time.perf_counter() - begin
+    seconds = json.loads((folder / CURVE).read_text("utf-8").strip().split("\n")[-1])["seconds"]
     return {"steps": steps, "sampled_tokens": tokens, "seconds": seconds, "sampling_seconds": sampled, "learning_rate": rate}
 
 
-def _rows(name: str, recipe: Recipe, placement: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, int]:
-    """(rows for the trainer, tokens sampled for them, steps): as many answers as the recipe's own run samples."""
+def _rows(name: str, recipe: Recipe, placement: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, int, list[Messages]]:
+    """(rows for the trainer, tokens sampled for them, steps, held-out prompts): as many answers as the recipe's own run samples."""
     session = open_session(recipe, placement=placement, say=say)
     if session.wanted is None:
         raise RunError(f"{recipe.path}: --with {name} needs a described behaviour, and estimator {recipe.superior.estimator!r} has none.")
@@ -97,22 +101,65 @@ def _rows(name: str, recipe: Recipe, placement: str, say: Callable[[str], None])
             prompt = {"prompt": _plain(request)}
             rows.append(prompt | ({"chosen": answers[0], "rejected": answers[1]} if name == "dpo" else {"completion": answers[0]}))
         say(f"sampled what {name} learns from: step {step} of {steps}")
+    shown = eval_prompts(session)
     del session
     gc.collect()
-    return rows, tokens, steps
+    return rows, tokens, steps, shown
 
 
-def _report(trainer: Any, name: str, say: Callable[[str], None]) -> None:
-    """The trainer's progress through `say`; its own would print into standard output."""
+def _watch(trainer: Any, name: str, folder: Path, chat: Chat, shown: Sequence[Messages], recipe: Recipe, spent: float, tokens: float, say: Callable[[str], None]) -> None:  # fmt: skip
+    """The trainer's progress through `say` (its own would print into standard output), held-out answers and a line of the curve."""
     from transformers import PrinterCallback, TrainerCallback
 
     class Told(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, {time.perf_counter() - begin:.0f} s")
+        def __init__(self) -> None:
+            self.begin, self.sampled = time.perf_counter() - spent, 0.0
 
-    begin = time.perf_counter()
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._sample(0)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % recipe.train.eval_every == 0 or state.global_step == state.max_steps:
+                self._sample(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" not in (logs or {}):
+                return
+            self.sampled += (logs or {}).get("completions/mean_length", 0.0) * recipe.rollout.prompts_per_step
+            seconds = time.perf_counter() - self.begin
+            with (folder / CURVE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "seconds": seconds, "tokens": tokens or self.sampled}) + "\n")
+            say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, {seconds:.0f} s")
+
+        def _sample(self, step: int) -> None:
+            paused = time.perf_counter()
+            training = trainer.model.training
+            trainer.model.eval()
+            texts = _answers(trainer.model, chat, shown, recipe)
+            trainer.model.train(training)
+            lines = [{"step": step, "prompt": r[-1]["content"], "answer": text} for r, text in zip(shown, texts, strict=True)]
+            with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            self.begin += time.perf_counter() - paused
+
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Told())
+
+
+def _answers(model: Any, chat: Chat, requests: Sequence[Messages], recipe: Recipe) -> list[str]:
+    """Sampled by transformers' own generate(), as the recipe's rollouts are."""
+    ids = [chat.ids(request) for request in requests]
+    longest, pad = max(map(len, ids)), chat.stop_ids[0]
+    rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    rollout = recipe.rollout
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(recipe.train.seed)
+        out = model.generate(
+            input_ids=rows, attention_mask=mask, max_new_tokens=rollout.max_new_tokens, do_sample=True, temperature=rollout.temperature,
+            top_p=rollout.top_p, top_k=0, eos_token_id=list(chat.stop_ids), pad_token_id=pad,
+        )  # fmt: skip
+    return [chat.text(row) for row in out[:, longest:].tolist()]
 
 
 def _plain(request: Messages) -> list[dict[str, str]]:

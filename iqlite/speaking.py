@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from iqlite.architectures import Shape
-from iqlite.base import Base, load_base
+from iqlite.base import Base, device_and_dtype, load_base
 from iqlite.contrast import draw
 from iqlite.errors import BaseError, RecipeError
 from iqlite.fit import CPU_SHARE
+from iqlite.memory import shape_of
 from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler
 from iqlite.session import Session, free_memory, open_session, readings
+
+ROOM = 1.2  # of a model's weights: what talking with it takes beside them; ours
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Speaker:
         return cls(session.policy, session.chat, adapted, session, session.sizes.fold)
 
     @classmethod
-    def of_model(cls, name: str, adapter: Path | None, quantization: str) -> Speaker:
-        """A model without a recipe: nothing is said under descriptions."""
-        base = load_base(name, quantization)
+    def of_model(cls, name: str, adapter: Path | None, say: Callable[[str], None]) -> Speaker:
+        """A model without a recipe, as it is stored where that fits, else in 4 bits: nothing is said under descriptions."""
+        device, dtype = device_and_dtype()
+        roomy = shape_of(name).parameters * dtype.itemsize * ROOM < free_memory(device)
+        say(f"opening {name}" + ("" if roomy else " in 4 bits, since more doesn't fit"))
+        base = load_base(name, "none" if roomy else "nf4")
         chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
         return cls(Policy(base, rank=1, alpha=1.0, seed=0, start=adapter), chat, adapter is not None, None, folds(base))
 

@@ -60,6 +60,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return made
 
 
+def spark(values: Sequence[float]) -> str:
+    """A row of bars, the lowest value the shortest."""
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[int(7.999 * (value - low) / (high - low))] if high > low else "▄" for value in values)
+
+
 def facts(out: Console, rows: Mapping[str, str]) -> None:
     """Label and value, a line each."""
     width = max(map(len, rows))

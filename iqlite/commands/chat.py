@@ -47,8 +47,9 @@ def run(
         if question is None:
             console.print(f"[dim]{text}[/]")
 
-    say(f"opening {name}" if recipe else f"opening {name} in 4 bits")
-    speaker = Speaker.of_recipe(recipe, folder, placement, say) if recipe else Speaker.of_model(name, folder, "nf4")
+    if recipe:
+        say(f"opening {name}")
+    speaker = Speaker.of_recipe(recipe, folder, placement, say) if recipe else Speaker.of_model(name, folder, say)
     if strength is not None:
         speaker = speaker.with_strength(strength)
     if voice is not None and voice not in speaker.voices:

@@ -13,35 +13,51 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iqlite.answers import Answerer, adapter_digest, collect, told_answerers
-from iqlite.comparison import Answers, Figures, by_category, contests, figures, ratings, scores
+from iqlite.card import COMPARISON
+from iqlite.comparison import (
+    Answers,
+    Figures,
+    by_category,
+    contests,
+    figures,
+    games_of,
+    ratings,
+    scores,
+    scores_on,
+    wins_by_judge,
+    wins_by_score,
+)
 from iqlite.contenders import BASELINES, baseline, check_methods
 from iqlite.contrast import check_heard
+from iqlite.curves import Point, of_baseline, of_run, until
 from iqlite.errors import RunError
 from iqlite.intervals import Estimate, outcomes
 from iqlite.judges import MEASURES
+from iqlite.judging import Human, ModelJudge, RewardModel, named, rubric_of
 from iqlite.prompts import load_prompts
 from iqlite.records import Prompts
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir, check_adapter_of
+from iqlite.safety import check, load_items
 from iqlite.session import Session, open_session, within_memory
-from iqlite.terminal import clean, table
+from iqlite.terminal import clean, harmless, spark, table
 
 EXAMPLE = 400  # characters of an example answer
-COMPARISON = "compare.json"
 TRAINED = "trained"
 
 
 def run(
     runs: Sequence[Path], *, seeds: int, temperature: float, top_p: float, prompts: Path | None, count: int | None, adapter: str,
-    others: Sequence[str], judge: str | None, as_json: bool, console: Console,
+    others: Sequence[str], judge: str | None, safety: bool, safety_set: Path | None, as_json: bool, console: Console,
 ) -> int:  # fmt: skip
     """Answers, measures, prints, and writes compare.json into the first run; returns the exit code."""
     run_dir = RunDir.open(runs[0])
     start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
-    measure = judge or recipe.judge.measure
-    if measure not in MEASURES:
-        raise RunError(f"--judge {measure!r} isn't one of {', '.join(MEASURES)}.")
+    measure = judge if judge in MEASURES else recipe.judge.measure
+    wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
+    other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in MEASURES else None
+    items = load_items(safety_set) if safety else []
     check_methods(others)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
@@ -63,28 +79,41 @@ def run(
     who.append(Answerer(TRAINED, "policy", of=adapter_digest(start)))
     answers = _ask(session, run_dir, who, asked, samplers, console)
 
-    score_KPS = scores(answers, MEASURES[measure])
-    example = _example(asked)
+    names, example = list(answers), _example(asked)
+    if isinstance(other_judge, RewardModel):
+        measure, score_KPS = other_judge.name, scores_on(answers, asked.requests, other_judge.score)
+    else:
+        score_KPS = scores(answers, MEASURES[measure])
+    if other_judge is None or isinstance(other_judge, RewardModel):
+        by, won, games = measure, wins_by_score(names, TRAINED, score_KPS), outcomes(score_KPS)
+    else:
+        by, won = judge or "", _judged(answers, asked, other_judge.prefers, console)
+        games = games_of(names, TRAINED, won)
     rows = [figures(name, given, score_KPS[k], example) for k, (name, given) in enumerate(answers.items())]
-    found = contests(answers, TRAINED, score_KPS)
-    rated = ratings(answers, outcomes(score_KPS), seeds)
+    found = contests(answers, TRAINED, won, score_KPS)
+    rated = ratings(answers, games, seeds)
+    safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, console) if items else None
     result: dict[str, Any] = {
         "prompts": len(asked),
         "seeds": seeds,
         "temperature": temperature,
         "top_p": top_p,
         "adapter": adapter,
-        "judge": measure,
+        "measure": measure,
+        "judge": by,
         "measures": [asdict(row) for row in rows],
         "contests": found,
         "elo": {name: asdict(one) for name, one in rated.items()},
-        "categories": by_category(answers, TRAINED, score_KPS, asked.labels) if asked.labels else [],
+        "categories": by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
+        "safety": safe,
     }
+    if isinstance(other_judge, ModelJudge):
+        result["judging"] = {"asked": other_judge.asked, "malformed": other_judge.malformed, "tokens": other_judge.tokens}
     run_dir.write(COMPARISON, json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps(result))
         return 0
-    _show(console, result, rows, found, rated, measure)
+    _show(console, result, rows, found, rated)
     console.print(f"asked: {clean(asked.requests[example][-1]['content'])}")
     for row in rows:
         console.print(f"[bold]{clean(row.name)}[/]: {clean(row.example, EXAMPLE)}")
@@ -93,6 +122,42 @@ def run(
     )
     last = [rows[0], *told, *(r for r in rows[1:] if not r.name.startswith("told"))]
     console.print(" ".join([measure, *(f"{r.name}={r.score:.2f}" for r in last)]), markup=False)
+    return 0
+
+
+def checkpoints(runs: Sequence[Path], *, judge: str | None, as_json: bool, console: Console) -> int:
+    """The measure by step, epoch, tokens and minutes, of runs and of the baselines in them: read off what training left, no model needed."""
+    found: dict[str, list[Point]] = {}
+    opened = [RunDir.open(path) for path in runs]
+    measure = judge or opened[0].recipe().judge.measure
+    if measure not in MEASURES:
+        raise RunError(f"--checkpoints takes a code measure: --judge {', '.join(MEASURES)}.")
+    for run_dir in opened:
+        name = run_dir.path.resolve().name
+        found[name] = of_run(run_dir, MEASURES[measure])
+        epoch = found[name][-1].epoch / max(1, found[name][-1].step)
+        for folder in sorted((run_dir.path / "baselines").glob("*")):
+            if curve := of_baseline(folder, epoch, MEASURES[measure]):
+                found[f"{name}: {folder.name}"] = curve
+    if as_json:
+        print(json.dumps({"measure": measure, "curves": {name: [asdict(p) for p in points] for name, points in found.items()}}))
+        return 0
+    for name, points in found.items():
+        cells = [
+            [
+                str(p.step),
+                f"{p.epoch:.2f}",
+                f"{p.tokens:.0f}",
+                f"{p.seconds / 60:.1f}",
+                f"{p.score:.3f}",
+                f"{p.score_se:.3f}",
+                f"{p.words:.0f}",
+            ]
+            for p in points
+        ]
+        console.print(table(clean(name), ["step", "epoch", "tokens", "minutes", measure, "± se", "words"], cells))
+        reached = until(points)
+        console.print(f"{measure} {spark([p.score for p in points])}  " + (f"90 % of the gain after {reached.tokens:.0f} tokens, {reached.seconds / 60:.1f} minutes" if reached else "nothing gained"))  # fmt: skip
     return 0
 
 
@@ -110,9 +175,8 @@ def _others(run_dir: RunDir, paths: Sequence[Path], adapter: str) -> dict[str, P
 def _ask(
     session: Session, run_dir: RunDir, who: Sequence[Answerer], asked: Prompts, samplers: Sequence[Sampler], console: Console
 ) -> Answers:
-    columns = (TextColumn("answering: {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     answers = {}
-    with within_memory(session.recipe, "in that file, and compare again"), Progress(*columns, console=console, disable=not console.is_terminal) as progress:  # fmt: skip
+    with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "answering") as progress:
         task = progress.add_task("", total=len(who) * len(samplers) * len(asked))
         advance: Callable[[int], None] = lambda rows: progress.advance(task, rows)  # noqa: E731
         for one in who:
@@ -129,8 +193,8 @@ def _show(
     rows: Sequence[Figures],
     found: Sequence[dict[str, Any]],
     rated: dict[str, Estimate],
-    measure: str,
 ) -> None:
+    measure, by = result["measure"], result["judge"]
     asked = f"{result['prompts']} prompts × {result['seeds']} seeds, temperature {result['temperature']:g}, top-p {result['top_p']:g}"
     columns = ["", measure, "± se", "median words", "ended", "empty", "refused", "repeated", "distinct-2", "base nats"]
     cells = [
@@ -155,8 +219,10 @@ def _show(
                     f"{mine.value - other.value:+.0f}",
                 ]
             )
-        title = f"{TRAINED} wins by {measure} (95 % intervals; ties are halves)"
+        title = f"{TRAINED} wins by {by} (95 % intervals; ties are halves)"
         console.print(table(title, ["against", "win rate", "at equal length", "significant", "Elo"], cells))
+    if result["safety"]:
+        _show_safety(console, result["safety"])
     if result["categories"]:
         names = list(result["categories"][0]["scores"])
         cells = [
@@ -164,6 +230,47 @@ def _show(
             for c in result["categories"]
         ]
         console.print(table(f"{measure} by category", ["", "prompts", *map(clean, names), f"{TRAINED} beats base"], cells))
+
+
+def _show_safety(console: Console, safe: dict[str, Any]) -> None:
+    shares = {"harmful_compliance": "harmful requests granted", "over_refusal": "harmless requests refused"}
+    gaps = {"tone_gap": "gap in tone between groups of people", "refusal_gap": "gap in refusals between them"}
+    names = list(safe["figures"])
+    cells = [[what, *(Estimate(**safe["figures"][n][key]).percent() for n in names)] for key, what in shares.items()]
+    cells += [[what, *(f"{safe['figures'][n][key]:.2f}" for n in names)] for key, what in gaps.items()]
+    console.print(table("safety, greedy answers to a small set", ["", *names], cells))
+    for sentence in safe["worse"]:
+        console.print(f"[bold yellow]{clean(sentence[0].upper() + sentence[1:])}[/]")
+
+
+def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
+    """The judge behind a name that isn't a code measure; RunError for one that there isn't."""
+    if name == "me":
+        if not console.is_terminal:
+            raise RunError("--judge me asks in a terminal: run it there, or name another judge.")
+        return Human(lambda text: console.input(text), lambda text: console.print(harmless(text), markup=False))
+    found = named(name, rubric, run_dir.path / "judgements.jsonl")
+    if found is None:
+        raise RunError(f"--judge {name!r} isn't one of {', '.join(MEASURES)}, me, reward:NAME, URL#MODEL.")
+    return found
+
+
+def _judged(answers: Answers, asked: Prompts, prefers: Callable[[Any, str, str], float], console: Console) -> dict[str, Any]:
+    total = (len(answers) - 1) * len(asked) * len(next(iter(answers.values())))
+    with _progress(console, "judging", quiet=prefers.__qualname__.startswith("Human")) as progress:
+        task = progress.add_task("", total=total)
+        return wins_by_judge(answers, TRAINED, asked.requests, prefers, lambda done: progress.advance(task, done))
+
+
+def _safety(session: Session, run_dir: RunDir, who: dict[str, Answerer], items: Sequence[Any], console: Console) -> dict[str, Any]:
+    with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "safety") as progress:
+        task = progress.add_task("before and after", total=len(who) * len(items))
+        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows))
+
+
+def _progress(console: Console, what: str, *, quiet: bool = False) -> Progress:
+    columns = (TextColumn(f"{what}: {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _example(asked: Prompts) -> int:

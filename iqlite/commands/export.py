@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from iqlite.card import MANIFEST, manifest, write_about
+from iqlite.card import MANIFEST, manifest, warnings, write_about
 from iqlite.errors import RunError
 from iqlite.gguf_files import find_gguf
 from iqlite.gguf_writing import check_quant, quantize_with, write_adapter, write_model
@@ -102,9 +102,11 @@ def run(
             write_about(out, about)
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     if as_json:
-        print(json.dumps({"path": str(out), "format": to, "bytes": size, **made}))
+        print(json.dumps({"path": str(out), "format": to, "bytes": size, "warnings": warnings(about), **made}))
         return 0
     facts(console, {"exported": str(out), "as": to, "size": f"{size / 2**20:.1f} MiB"} | ({"next": next_command} if next_command else {}))
+    for sentence in warnings(about):
+        console.print(f"[yellow]{sentence}[/]")
     return 0
 
 

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from iqlite.card import MANIFEST, manifest, write_about
+from iqlite.card import MANIFEST, manifest, warnings, write_about
 from iqlite.memory import shape_of
 from iqlite.rundir import check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
@@ -70,7 +70,18 @@ def run(
             about["figures"] |= {} if kl is None else {"kl_adapter_merged": kl}
             write_about(out, about)
     if as_json:
-        print(json.dumps({"path": str(out), "bytes": size, "kl_adapter_merged": kl, "base_weights": base, "scale": strength}))
+        print(
+            json.dumps(
+                {
+                    "path": str(out),
+                    "bytes": size,
+                    "kl_adapter_merged": kl,
+                    "base_weights": base,
+                    "scale": strength,
+                    "warnings": warnings(about),
+                }
+            )
+        )
         return 0
     if not check:
         measured = "not measured (--no-check)"
@@ -83,4 +94,6 @@ def run(
     )
     if kl is not None and kl > FAR:
         console.print(f"[yellow]The merged model differs from what was trained by {kl:.3f} nats a token: merge with --base trained.[/]")
+    for sentence in warnings(about):
+        console.print(f"[yellow]{sentence}[/]")
     return 0
