@@ -77,6 +77,8 @@ def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, P
         return run_dir.recipe(), folder, run_dir.environment()["placement"], target
     if path.suffix == ".toml":
         return load_recipe(path), adapter, None, target
+    if not path.exists() and len(path.parts) > 1 and path.parent.is_dir():  # not OWNER/NAME on the hub
+        raise RunError(f"{target}: there is no such run or model; name a run, a recipe or a model.")
     return None, adapter, None, target
 
 
@@ -310,7 +312,7 @@ class Conversation:
 
 def coloured(pieces: list[str], rewards: list[float]) -> Text:
     """Tokens on green where the superior likes them better than the policy does, on red where it likes them less; darker is more."""
-    most = max(0.5, *(abs(r) for r in rewards))
+    most = max(0.5, sorted(abs(r) for r in rewards)[int(0.9 * (len(rewards) - 1))])  # one outlier doesn't darken all others
     text = Text()
     for piece, reward in zip(pieces, rewards, strict=True):
         depth = int(150 * min(1.0, abs(reward) / most))

@@ -196,15 +196,29 @@ def _show(
 ) -> None:
     measure, by = result["measure"], result["judge"]
     asked = f"{result['prompts']} prompts × {result['seeds']} seeds, temperature {result['temperature']:g}, top-p {result['top_p']:g}"
-    columns = ["", measure, "± se", "median words", "ended", "empty", "refused", "repeated", "distinct-2", "base nats"]
+    empty, refused = any(r.empty_share for r in rows), any(r.refused_share >= 0.05 for r in rows)
+    columns = [
+        "",
+        measure,
+        "words",
+        "ended",
+        *(["empty"] if empty else []),
+        *(["refused"] if refused else []),
+        "repeats",
+        "distinct",
+        "nats",
+    ]
     cells = [
         [
-            clean(r.name), f"{r.score:.3f}", f"{r.score_se:.3f}", f"{r.words_median:g}", f"{r.ended_share:.0%}", f"{r.empty_share:.0%}",
-            f"{r.refused_share:.0%}", f"{r.repetition:.0%}", f"{r.distinct_2:.2f}", f"{r.base_nll:.2f}",
+            clean(_short(r.name)), f"{r.score:.3f} ± {r.score_se:.3f}", f"{r.words_median:g}", f"{r.ended_share:.0%}",
+            *([f"{r.empty_share:.0%}"] if empty else []), *([f"{r.refused_share:.0%}"] if refused else []), f"{r.repetition:.0%}", f"{r.distinct_2:.2f}", f"{r.base_nll:.2f}",
         ]
         for r in rows
     ]  # fmt: skip
     console.print(table(f"answers: {asked}", columns, cells))
+    console.print(
+        "[dim]words: median · repeats: 3-grams said before · distinct: different 2-grams · nats: how strange a token is to the base[/]"
+    )
     if result["prompts"] > 1:
         cells = []
         for one in found:
@@ -212,7 +226,7 @@ def _show(
             mine, other = rated[TRAINED], rated[name]
             cells.append(
                 [
-                    clean(name),
+                    clean(_short(name)),
                     rate.percent(),
                     controlled.percent(),
                     "yes" if one["significant"] else "no",
@@ -230,6 +244,10 @@ def _show(
             for c in result["categories"]
         ]
         console.print(table(f"{measure} by category", ["", "prompts", *map(clean, names), f"{TRAINED} beats base"], cells))
+
+
+def _short(name: str) -> str:
+    return name.replace(" turn)", ")")
 
 
 def _show_safety(console: Console, safe: dict[str, Any]) -> None:

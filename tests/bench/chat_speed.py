@@ -68,8 +68,7 @@ def main() -> None:
         commands: dict[str, tuple[list[str], str | None]] = {
             "iqlite chat RUN (NF4 and adapter)": ([*iqlite, "chat", str(args.run), *asked], None),
             "TextStreamer (NF4 and PEFT)": ([*peer, str(stored.folder), QUESTION, str(args.tokens), "--nf4", "--adapter", str(args.run / "adapter")], None),
-            "iqlite chat MERGED (NF4)": ([*iqlite, "chat", merged, *asked], None),
-            "TextStreamer (merged, NF4)": ([*peer, merged, QUESTION, str(args.tokens), "--nf4"], None),
+            "iqlite chat MERGED (as stored)": ([*iqlite, "chat", merged, *asked], None),
             "TextStreamer (merged, float32)": ([*peer, merged, QUESTION, str(args.tokens)], None),
         }  # fmt: skip
         if "IQLITE_LLAMA_CPP" in os.environ and shutil.which("node"):

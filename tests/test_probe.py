@@ -1,0 +1,125 @@
+"""Probe: what it says of a base that is moved and of one that isn't, pairs ranked as by hand, lint; curves by checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+
+from iqlite.curves import Point, of_run, until
+from iqlite.probing import Pair, lint, ranks
+from iqlite.recipe import Recipe, to_data
+from iqlite.rundir import RunDir
+from iqlite.session import Session
+from tests.oracle import superior
+
+ALIKE = "You always answer in a cheerful and excited way.", "You always answer in a gloomy and bored way."
+
+
+def test_lint_reads_form() -> None:
+    assert lint(*ALIKE) == [] and lint(None, "x") == []
+    longer = lint("You are kind.", "You are a cold and unpleasant person who never helps anybody at all.")
+    assert any("words" in note for note in longer)
+    assert any("sentences" in note for note in lint("You are kind. You help.", "You are cruel and never help."))
+    assert any("begins with" in note for note in lint("You are kind today.", "Be cruel all day."))
+    assert any("same words" in note for note in lint("You always help people.", "You never help people."))
+
+
+def test_pairs_are_ranked_as_the_oracle_ranks_them(make_session: Callable[..., Session]) -> None:
+    """log π̃ − log π_ref and log π_ref of each answer from whole-sequence logits in float64, equation 3 as loops."""
+    settings = {"strength": 2.0, "clip": 4.0, "plausibility": 1e-3}
+    session = make_session(superior=settings)
+    pairs = [Pair(({"role": "user", "content": f"Question {n}?"},), "Yes it is " * (n + 1), "No, never. " * (4 - n)) for n in range(4)]
+    found = ranks(session, pairs, 64, lambda rows: None)
+
+    def sums(request: Any, text: str) -> tuple[float, float, int]:
+        answer = [*session.chat.tokenizer(text.strip(), add_special_tokens=False).input_ids, session.chat.stop_ids[-1]]
+        logits = {}
+        with session.policy.acting_as("reference"):
+            for reading in session.readings:
+                prompt = session.chat.ids(request, reading.description)
+                logits[reading.name] = session.policy.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        reward = logp = 0.0
+        for t, token in enumerate(answer):
+            rows = [logits[name][t].double().tolist() for name in ("reference", "wanted", "unwanted")]
+            reference = logits["reference"][t].double().log_softmax(-1)
+            reward += superior(rows[0], [(1.0, rows[1], rows[2])], **settings)[token] - float(reference[token])
+            logp += float(reference[token])
+        return reward, logp, len(answer)
+
+    values = [(sums(p.request, p.chosen), sums(p.request, p.rejected)) for p in pairs]
+    assert found["superior − base, sum"]["value"] == sum(c[0] > r[0] for c, r in values) / 4
+    assert found["superior − base, per token"]["value"] == sum(c[0] / c[2] > r[0] / r[2] for c, r in values) / 4
+    assert found["likelihood, sum"]["value"] == sum(c[1] > r[1] for c, r in values) / 4
+    assert found["likelihood, per token"]["value"] == sum(c[1] / c[2] > r[1] / r[2] for c, r in values) / 4
+    assert found["the shorter answer"]["value"] == sum(c[2] < r[2] for c, r in values) / 4
+
+
+@pytest.fixture
+def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Path]:
+    def make(**tables: dict[str, Any]) -> Path:
+        (tmp_path / "recipe.toml").write_text(tomli_w.dumps(to_data(make_recipe(**tables))))
+        return tmp_path / "recipe.toml"
+
+    return make
+
+
+def test_it_says_when_there_is_next_to_nothing_to_learn(
+    iqlite: Callable[..., Any], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    path = recipe_file(superior={"strength": 0.0})
+    code, out, err = iqlite("probe", path, "--prompts", "3", "--strength", "1", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert not found["likely"] and "unlikely to help" in found["why"] and found["contrast"]["kl_superior"] == pytest.approx(0, abs=1e-6)
+    assert set(tmp_path.rglob("*")) - before == {path}  # nothing is written
+
+
+def test_a_whole_probe(iqlite: Callable[..., Any], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello!", "rejected": "No."}) + "\n")
+    code, out, err = iqlite("probe", recipe_file(), "--prompts", "4", "--strength", "1", "--strength", "3", "--pairs", "pairs.jsonl")
+    assert code == 0, err
+    assert (
+        "superior, strength 3" in out and "by quarters" in out and "likelihood, per token" in out and "suggested: superior.strength" in out
+    )
+    code, _, err = iqlite("probe", recipe_file(), "--pairs", "none.jsonl")
+    assert code == 2 and "none.jsonl can't be read" in err and err.count("\n") == 1
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hello!"}\n')
+    code, _, err = iqlite("probe", recipe_file(), "--pairs", "bad.jsonl")
+    assert code == 2 and "line 1" in err and err.count("\n") == 1
+
+
+def test_curves_are_what_training_left(iqlite: Callable[..., Any], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    code, _, err = iqlite("train", recipe_file(), "--out", "run")
+    assert code == 0, err
+    run = RunDir.open(tmp_path / "run")
+    points = of_run(run, len)
+    samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert [p.step for p in points] == [0, 2, 3]
+    for point in points:
+        mine = [len(row["answer"]) for row in samples if row["step"] == point.step]
+        lines = [line for line in run.metrics() if 0 < line["step"] <= point.step]
+        assert point.score == pytest.approx(sum(mine) / len(mine))
+        assert point.tokens == sum(line["response/tokens"] for line in lines)
+        assert point.seconds == pytest.approx(sum(line["time/step_s"] for line in lines))
+        assert point.epoch == pytest.approx(point.step * 4 / 8)
+    code, out, err = iqlite("compare", run.path, "--checkpoints")
+    assert code == 0 and "minutes" in out, err
+    assert iqlite("compare", run.path, "--with", "ppo", "--seeds", "1", "--no-safety")[0] == 0
+    code, out, _ = iqlite("compare", run.path, "--checkpoints", "--json", "--judge", "shorter")
+    assert [p["step"] for p in json.loads(out)["curves"]["run: ppo"]] == [0, 2, 3]
+
+
+def test_ninety_percent_of_the_gain_has_to_be_kept() -> None:
+    def curve(*scores: float) -> list[Point]:
+        return [Point(n, n, n, n, score, 0.0, 1.0) for n, score in enumerate(scores)]
+
+    assert until(curve(0.0, 0.95, 0.5, 0.92, 1.0)).step == 3  # type: ignore[union-attr]
+    assert until(curve(0.0, 1.0)).step == 1  # type: ignore[union-attr]
+    assert until(curve(1.0, 0.5)) is None
