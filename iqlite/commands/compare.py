@@ -27,7 +27,7 @@ from iqlite.comparison import (
     wins_by_judge,
     wins_by_score,
 )
-from iqlite.contenders import BASELINES, baseline, check_methods
+from iqlite.contenders import BASELINES, METHODS, baseline, check_methods
 from iqlite.contrast import check_heard
 from iqlite.curves import Point, of_baseline, of_run, until
 from iqlite.errors import RunError
@@ -58,6 +58,7 @@ def run(
     wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
     other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in MEASURES else None
     items = load_items(safety_set) if safety else []
+    given = load_prompts(str(prompts), beside=Path(), key="--prompts") if prompts else None
     check_methods(others)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
@@ -68,7 +69,7 @@ def run(
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     if "superior" in others:
         check_heard(session)
-    asked = load_prompts(str(prompts), beside=Path(), key="--prompts") if prompts else session.eval
+    asked = session.chat.shorten(given, recipe.prompts.max_tokens, str(prompts), "--prompts") if given else session.eval
     asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     who = [Answerer("base", "reference"), *told_answerers(session)]
@@ -168,7 +169,7 @@ def _others(run_dir: RunDir, paths: Sequence[Path], adapter: str) -> dict[str, P
         folder = RunDir.open(path).trained(adapter)
         check_adapter_of(run_dir, folder)
         name = path.resolve().name
-        found[name if name not in found else str(path)] = folder
+        found[str(path) if name in found or name in ("base", TRAINED, *METHODS) else name] = folder
     return found
 
 
