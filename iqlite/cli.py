@@ -78,7 +78,8 @@ def compare(
         str | None, typer.Option(help="tone, shorter, refusal, compliance (by default the recipe's own), me, reward:NAME, or URL#MODEL.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A prompt file instead of the held-out prompts; a category column is kept apart.")
+        Path | None,
+        typer.Option(help="Other prompts than the held-out ones: a file, or a .toml such as recipes/evaluations/beavertails.toml."),
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many prompts.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Sampling seeds; each answers every prompt.")] = 3,

@@ -10,13 +10,18 @@ import csv
 import functools
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from iqlite.errors import PromptsError
+from iqlite.hub import offline_without_network
 from iqlite.recipe import HubPrompts
+from iqlite.recipe_faults import explain
 from iqlite.records import Messages, Prompts
 
 DEFAULT_TEMPLATE = (
@@ -182,6 +187,20 @@ def load_prompts(source: str | HubPrompts | Sequence[str | HubPrompts], *, besid
     return Prompts(tuple(requests), notes, labels if any(labels) else ())
 
 
+def load_asked(path: Path) -> Prompts:
+    """What `--prompts` names: a file of prompts, or a .toml with the keys of a hub data set (dataset, split, column, category, limit)."""
+    if path.suffix != ".toml":
+        return load_prompts(str(path), beside=Path(), key="--prompts")
+    try:
+        source = HubPrompts.model_validate(tomllib.loads(path.read_text("utf-8-sig")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PromptsError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error}).") from None
+    except ValidationError as error:
+        raise PromptsError(f"--prompts {path}: {explain(error, HubPrompts)}") from None
+    offline_without_network()
+    return load_prompts(source, beside=path.parent, key=f"--prompts {path}")
+
+
 def name_of(source: str | HubPrompts | Sequence[str | HubPrompts]) -> str:
     """How messages name a prompt source."""
     if isinstance(source, str):
@@ -240,7 +259,7 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
             faults["duplicate"].append(number)
         else:
             requests[as_text] = request
-            labels.append(_label(row))
+            labels.append(_label(row, source.category if isinstance(source, HubPrompts) else None))
     notes = []
     for fault, lines in faults.items():
         if lines:
@@ -254,9 +273,10 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
     return Prompts(tuple(requests.values()), tuple(notes), tuple(labels) if any(labels) else ())
 
 
-def _label(row: Any) -> str:
+def _label(row: Any, column: str | None) -> str:
     """A row's category or language: text, a number, or the true ones of several flags (as BeaverTails has them)."""
-    found = next((row[name] for name in LABELS if row.get(name) is not None), "") if isinstance(row, dict) else ""
+    names = LABELS if column is None else (column,)
+    found = next((row[name] for name in names if row.get(name) is not None), "") if isinstance(row, dict) else ""
     if isinstance(found, dict):
         return " + ".join(sorted(str(name) for name, flag in found.items() if flag is True))
     return str(found) if isinstance(found, (str, int)) else ""

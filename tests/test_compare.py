@@ -171,3 +171,24 @@ def test_the_value_head_learns_returns() -> None:
     first = value.fit(hidden, target, 1)
     assert value.fit(hidden, target, 2000) < 0.05 * first
     assert math.isclose(float((value(hidden[None])[0] - target).square().mean()), value.fit(hidden, target, 1), rel_tol=0.2)
+
+
+def test_prompts_of_a_hub_data_set_are_named_in_a_file(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
+    from iqlite.recipe import HubPrompts
+
+    run = make_run()
+    for text, said in (
+        ('dataset = "a/b"\ncolum = "x"\n', "did you mean column?"),
+        ('split = "test"\n', "dataset is missing"),
+        ("dataset = \n", "can't be read"),
+    ):
+        (tmp_path / "asked.toml").write_text(text)
+        code, _, err = iqlite("compare", run.path, "--prompts", "asked.toml")
+        assert code == 2 and said in err and "asked.toml" in err and err.count("\n") == 1, err
+    code, _, err = iqlite("compare", run.path, "--prompts", "nothing.jsonl")
+    assert code == 2 and "no such file" in err and err.count("\n") == 1
+    import tomllib
+
+    for path in (Path(__file__).parent.parent / "recipes" / "evaluations").glob("*.toml"):
+        text = path.read_text("utf-8")
+        assert HubPrompts.model_validate(tomllib.loads(text)).split == "test" and "# Licence: " in text

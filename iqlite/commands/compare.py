@@ -34,7 +34,7 @@ from iqlite.errors import RunError
 from iqlite.intervals import Estimate, outcomes
 from iqlite.judges import MEASURES
 from iqlite.judging import Human, ModelJudge, RewardModel, named, rubric_of
-from iqlite.prompts import load_prompts
+from iqlite.prompts import load_asked
 from iqlite.records import Prompts
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir, check_adapter_of
@@ -58,7 +58,7 @@ def run(
     wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
     other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in MEASURES else None
     items = load_items(safety_set) if safety else []
-    given = load_prompts(str(prompts), beside=Path(), key="--prompts") if prompts else None
+    given = load_asked(prompts) if prompts else None
     check_methods(others)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
