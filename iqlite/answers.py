@@ -15,7 +15,6 @@ import torch
 
 from iqlite.chunked import spans
 from iqlite.contrast import superior_answers
-from iqlite.identity import ADAPTER_WEIGHTS
 from iqlite.prompts import Description
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler
@@ -55,11 +54,6 @@ class Answer:
     nll: float
 
 
-def adapter_digest(folder: Path) -> str:
-    """What tells one adapter from another."""
-    return hashlib.sha256((folder / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:16]
-
-
 def told_answerers(session: Session) -> list[Answerer]:
     """The base told the wanted description, in every placement that the template has."""
     if session.wanted is None:
@@ -73,15 +67,13 @@ def collect(
 ) -> list[list[Answer]]:
     """[seed][prompt]: what `who` answers, from the run's folder as far as it's there."""
     path = run.path / FOLDER / f"{_file_name(who.name)}-{_digest(session, who, requests, samplers[0])}.jsonl"
-    kept = {answer.seed: [] for answer in _read(path)}  # type: dict[int, list[Answer]]
-    for answer in _read(path):
-        kept[answer.seed].append(answer)
+    kept = {(answer.seed, answer.index): answer for answer in _read(path)}
     found = []
     for sampler in samplers:
-        before = kept.get(sampler.seed, [])
-        if len(before) == len(requests):
+        before = [kept.get((sampler.seed, row)) for row in range(len(requests))]
+        if None not in before:
             progress(len(requests))
-            found.append(before)
+            found.append([answer for answer in before if answer is not None])
             continue
         rollout = who.asked(session, requests, sampler, progress)
         texts = [session.chat.text(rollout.response_ids(row)) for row in range(len(requests))]
@@ -90,10 +82,10 @@ def collect(
             Answer(sampler.seed, row, requests[row][-1]["content"], text, int(rollout.mask_BT[row].sum()), bool(rollout.ended_B[row]), nll)
             for row, (text, nll) in enumerate(zip(texts, nlls, strict=True))
         ]
-        with explained(run.path):
+        with explained(run.path, "compare again"):
             path.parent.mkdir(exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+                file.write("\n" + "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
         found.append(answers)
     return found
 
@@ -118,7 +110,8 @@ def _digest(session: Session, who: Answerer, requests: Sequence[Messages], sampl
     told = asdict(who.description) if who.description else None
     superior = [recipe.behavior.model_dump(), recipe.superior.model_dump(), session.placement] if who.role == "superior" else None
     base = [session.policy.base.identity.weights, recipe.model.quantization]
-    data = [who.role, told, who.of, superior, base, requests, asdict(replace(sampler, seed=0))]
+    role = "adapter" if who.of else who.role  # whichever place it has on the command line
+    data = [role, told, who.of, superior, base, requests, asdict(replace(sampler, seed=0))]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 

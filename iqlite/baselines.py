@@ -122,9 +122,9 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
     objective.__pydantic_extra__ = {"clip": CLIP}
     acting = replace(session, recipe=recipe.model_copy(update={"objective": objective}))
     optimizer, value = make_optimizer(policy, recipe.train.optimizer), Value(policy.head.linear.weight.shape[1])
-    begin, tokens, curve = time.perf_counter(), 0, []
     shown = eval_prompts(session)
     add_samples(session, folder, 0, session.answers("policy", shown, session.sampler("eval")))
+    tokens, curve, begin = 0, [], time.perf_counter()
     for step in range(1, total + 1):
         chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
         rollout = session.answers("policy", [session.train.requests[i] for i in chosen], session.sampler("train"), step=step, index=chosen)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iqlite import __version__
+from iqlite.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from iqlite.monitors import HELD_OUT_KL
 from iqlite.recipe import HubPrompts, Recipe
 from iqlite.rundir import RunDir, locked
@@ -39,22 +40,28 @@ def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: 
             "compute_dtype": environment["compute_dtype"],
             "device": environment["device"],
         },
-        "figures": figures(run),
+        "figures": _public(figures(run, adapter)),
     }
 
 
-def figures(run: RunDir) -> dict[str, Any]:
-    """What the run measured on its held-out prompts, and what `iqlite compare` found, if it was asked."""
+def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
+    """What the run measured on its held-out prompts, and what `iqlite compare` found of this very adapter, if it was asked."""
     evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
     found: dict[str, Any] = {}
     if evaluated:
         found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": evaluated[-1][HELD_OUT_KL]}
         found["steps"] = evaluated[-1]["step"]
-    if (run.path / COMPARISON).is_file():
-        found["compare"] = json.loads((run.path / COMPARISON).read_text("utf-8"))
-    if (run.path / SAFETY).is_file():
-        found["safety"] = json.loads((run.path / SAFETY).read_text("utf-8"))
+    for name, file in (("compare", COMPARISON), ("safety", SAFETY)):
+        if (run.path / file).is_file():
+            one = json.loads((run.path / file).read_text("utf-8"))
+            if one.get("adapter_sha256") == adapter_digest(adapter):
+                found[name] = one
     return found
+
+
+def adapter_digest(folder: Path) -> str:
+    """What tells one adapter from another: its weights, and what multiplies them."""
+    return _digest((folder / ADAPTER_WEIGHTS).read_bytes() + (folder / ADAPTER_CONFIG).read_bytes())[:16]
 
 
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
@@ -119,7 +126,7 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
         )
     if "compare" in found:
         compared = found["compare"]
-        lines += ["", f"Answers to {compared['prompts']} held-out prompts × {compared['seeds']} seeds:", ""]
+        lines += ["", f"Answers to {compared['prompts']} prompts ({compared['asked']}) × {compared['seeds']} seeds:", ""]
         measure = compared.get("measure", "tone")
         lines += [f"| | {measure} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
         lines += [
@@ -143,11 +150,11 @@ def _safety_lines(found: Mapping[str, Any]) -> list[str]:
     }
 
     def cell(figure: Any, form: str) -> str:
-        return form.format(figure["value"] if isinstance(figure, dict) else figure)
+        return "" if figure is None else form.format(figure["value"] if isinstance(figure, dict) else figure)
 
     lines = [f"| | {' | '.join(figures)} |", "| --- |" + " --- |" * len(figures)]
     lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
-    return [*lines, "", "Measured on a small English set, by rules: it warns, it doesn't certify.", ""]
+    return [*lines, "", f"Measured on {found['safety']['set']}, by rules: it warns, it doesn't certify.", ""]
 
 
 def sources(recipe: Recipe) -> list[str]:

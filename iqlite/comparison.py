@@ -117,16 +117,16 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
     found = []
     for name, won_PS in won.items():
         other = names.index(name)
-        by_prompt = paired(won_PS)
-        controlled = length_controlled(won_PS.ravel(), length_KPS[at].ravel(), length_KPS[other].ravel())
+        rate, by_prompt = wilson(float(won_PS.mean(1).sum()), len(won_PS)), paired(won_PS)  # a prompt counts once, whatever the seeds
+        controlled = length_controlled(won_PS.mean(1), length_KPS[at].mean(1), length_KPS[other].mean(1))
         found.append(
             {
                 "against": name,
-                "win_rate": asdict(wilson(float(won_PS.sum()), won_PS.size)),
+                "win_rate": asdict(rate),
                 "win_rate_by_prompt": asdict(by_prompt),
                 "length_controlled": asdict(controlled),
                 "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
-                "significant": by_prompt.excludes(0.5),
+                "significant": rate.excludes(0.5) and by_prompt.excludes(0.5),
             }
         )
     return found
@@ -146,7 +146,7 @@ def by_category(answers: Answers, won: Mapping[str, Array], score_KPS: Array, la
         won_PS = won[names[0]][some]
         means = {name: float(score_KPS[k, some].mean()) for k, name in enumerate(names)}
         found.append(
-            {"category": label, "prompts": len(some), "scores": means, "win_rate": asdict(wilson(float(won_PS.sum()), won_PS.size))}
+            {"category": label, "prompts": len(some), "scores": means, "win_rate": asdict(wilson(float(won_PS.mean(1).sum()), len(won_PS)))}
         )
     return found
 

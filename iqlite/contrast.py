@@ -14,16 +14,17 @@ from torch import Tensor
 from iqlite.errors import RecipeError
 from iqlite.keyvalues import Decoding
 from iqlite.policy import Policy
+from iqlite.recipe import Recipe
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler, choose, noise, padded, response_mask
 from iqlite.session import Session, readings
 
 
-def check_heard(session: Session) -> None:
+def check_heard(recipe: Recipe) -> None:
     """RecipeError where π̃ isn't made of readings of the base."""
-    if session.recipe.superior.estimator == "adapter":
+    if recipe.superior.estimator == "adapter":
         raise RecipeError(
-            f"{session.recipe.path}: superior.estimator = 'adapter' can't be spoken with: it can for contrastive, prompted and mixture."
+            f"{recipe.path}: superior.estimator = 'adapter' can't be spoken with: it can for contrastive, prompted and mixture."
         )
 
 
@@ -31,7 +32,7 @@ def superior_answers(
     session: Session, requests: Sequence[Messages], sampler: Sampler, *, progress: Callable[[int], None] = lambda _: None
 ) -> Rollout:
     """Answers to requests drawn from π̃, the base's weights reading; noise as in a rollout."""
-    check_heard(session)
+    check_heard(session.recipe)
     policy, stop_ids, new = session.policy, session.chat.stop_ids, sampler.max_new_tokens
     which = readings(session.recipe, session.placement, "base")
     prompts = {reading.name: [session.chat.ids(request, reading.description) for request in requests] for reading in which}

@@ -84,4 +84,10 @@ def _points(path: Path, at: Mapping[int, tuple[float, float]], epoch: float, mea
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    found = []
+    for line in path.read_text("utf-8").split("\n"):
+        try:
+            found += [json.loads(line)] if line else []
+        except ValueError:  # the line that a kill cut in two
+            continue
+    return found

@@ -95,6 +95,8 @@ def length_controlled(won: Array, length: Array, other_length: Array) -> Estimat
         weights = weights + np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-10 or abs(weights[0]) > 30:
             break
+    if min(won.mean(), 1 - won.mean()) == 0:  # nothing to fit: all won, or all lost
+        return wilson(float(won.sum()), len(won))
     error = Z95 * math.sqrt(np.linalg.inv(curvature)[0, 0])
     values = [1 / (1 + math.exp(-max(-30.0, min(30.0, float(v))))) for v in (weights[0], weights[0] - error, weights[0] + error)]
     return Estimate(*values)

@@ -9,7 +9,7 @@ from typing import Any
 
 from iqlite.refusals import refuses
 
-NO_ANSWER = -1000.0  # what an empty answer scores as a short one: less than any that says something
+NO_ANSWER = -200.0  # what an empty answer scores as a short one: as if it had so many words
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from iqlite.records import Messages
 PREFIXES = ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"
 TRIES, TIMEOUT_S, TOKENS = 4, 120.0, 8
+VERDICT = re.compile(r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?(tie|[abt])\b", re.IGNORECASE)
 ASKED = """You compare two answers to the same request. {rubric}
 
 Request:
@@ -32,6 +33,37 @@ Answer B:
 {second}
 
 Which answer is better? Reply with one letter: A, B, or T for a tie."""
+
+
+class Kept:
+    """Verdicts by what was asked, in a JSONL file: no question is put twice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._found: dict[str, float] = {}
+        for line in path.read_text("utf-8").split("\n") if path.is_file() else []:
+            try:
+                row = json.loads(line) if line else None
+            except ValueError:  # the line that a kill cut in two
+                continue
+            if row is not None:
+                self._found[row["of"]] = row["verdict"]
+
+    def get(self, *of: str) -> float | None:
+        """The verdict, if there is one."""
+        found: float | None = self._found.get(self._key(of))
+        return found
+
+    def put(self, verdict: float, *of: str) -> None:
+        """Keeps a verdict, on the disk at once."""
+        self._found[self._key(of)] = verdict
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"of": self._key(of), "verdict": verdict}) + "\n")
+
+    @staticmethod
+    def _key(of: Sequence[str]) -> str:
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
 
 
 class Pairwise(Protocol):
@@ -52,22 +84,11 @@ class ModelJudge:
     url: str
     model: str
     rubric: str
-    kept: Path
+    kept: Kept
     timeout: float = TIMEOUT_S
     asked: int = 0
     malformed: int = 0
     tokens: int = 0
-    _found: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.kept.is_file():
-            for line in self.kept.read_text("utf-8").split("\n"):
-                try:
-                    row = json.loads(line) if line else None
-                except ValueError:  # the line that a kill cut in two
-                    continue
-                if row is not None:
-                    self._found[row["of"]] = row["verdict"]
 
     def prefers(self, request: Messages, first: str, second: str) -> float:
         """The mean of both orders: 1, 0.5 or 0 where they agree, a half where they don't."""
@@ -78,22 +99,21 @@ class ModelJudge:
     def _once(self, request: Messages, first: str, second: str) -> float:
         shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in request) if len(request) > 1 else request[-1]["content"]
         text = ASKED.format(rubric=self.rubric, request=shown, first=first or "(empty)", second=second or "(empty)")
-        of = hashlib.sha256(json.dumps([self.url, self.model, text]).encode()).hexdigest()[:24]
-        if of not in self._found:
+        verdict = self.kept.get(self.url, self.model, text)
+        if verdict is None:
             verdict = self._verdict(text)
-            self._found[of] = verdict
-            self.kept.parent.mkdir(parents=True, exist_ok=True)
-            with self.kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"of": of, "verdict": verdict}) + "\n")
-        return self._found[of]
+            if verdict is None:  # not kept: another time it may say something
+                self.malformed += 1
+                return 0.5
+            self.kept.put(verdict, self.url, self.model, text)
+        return verdict
 
-    def _verdict(self, text: str) -> float:
+    def _verdict(self, text: str) -> float | None:
         for _ in range(TRIES):
-            letter = re.match(r"\W*(?:answer\s+)?([abt])\b", self._reply(text), re.IGNORECASE)
+            letter = VERDICT.match(self._reply(text))
             if letter:
-                return {"a": 1.0, "b": 0.0, "t": 0.5}[letter[1].lower()]
-        self.malformed += 1
-        return 0.5
+                return {"a": 1.0, "b": 0.0, "t": 0.5}[letter[1][0].lower()]
+        return None
 
     def _reply(self, text: str) -> str:
         try:
@@ -108,7 +128,7 @@ class ModelJudge:
                 messages=[{"role": "user", "content": text}], model=self.model, max_tokens=TOKENS, temperature=0.0, seed=0
             )
         except openai.APIStatusError as error:
-            said = " ".join(str(error.message).split())[:200]
+            said = _printable(str(error.message))[:200]
             raise RunError(
                 f"the judge at {self.url} refuses (HTTP {error.status_code}: {said}): check the model's name and {KEY}; verdicts so far are kept."
             ) from None
@@ -126,19 +146,28 @@ class Human:
 
     ask: Callable[[str], str]
     show: Callable[[str], None]
+    kept: Kept
 
     def prefers(self, request: Messages, first: str, second: str) -> float:
         if first == second:
             return 0.5
         swapped = hashlib.sha256(f"{first}\n{second}".encode()).digest()[0] % 2 == 1
         one, two = (second, first) if swapped else (first, second)
+        before = self.kept.get("me", request[-1]["content"], first, second)
+        if before is not None:
+            return before
         self.show(f"\n{request[-1]['content']}\n\nA: {one}\n\nB: {two}")
         while True:
-            said = self.ask("which is better, a, b, or t for a tie? ").strip().lower()[:1]
+            try:
+                said = self.ask("which is better, a, b, or t for a tie? ").strip().lower()[:1]
+            except (EOFError, KeyboardInterrupt):
+                raise RunError("you stopped judging; what you said is kept, and the same command goes on.") from None
             if said in ("a", "b", "t"):
                 break
         verdict = {"a": 1.0, "b": 0.0, "t": 0.5}[said]
-        return 1 - verdict if swapped else verdict
+        verdict = 1 - verdict if swapped else verdict
+        self.kept.put(verdict, "me", request[-1]["content"], first, second)
+        return verdict
 
 
 class RewardModel:
@@ -150,18 +179,24 @@ class RewardModel:
         self.name, _, label = name.partition("#")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
-            self.model = AutoModelForSequenceClassification.from_pretrained(self.name, trust_remote_code=False, use_safetensors=True).eval()
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             raise RunError(
-                f"the judge {self.name!r} can't be loaded ({str(error).splitlines()[0]}): name a classifier's hub id or folder."
+                f"the judge {self.name!r} can't be loaded ({_printable(str(error))}): name a classifier's hub id or folder."
             ) from None
+        if info["missing_keys"]:  # transformers fills them with random numbers
+            raise RunError(f"the judge {self.name!r} is no trained classifier: it lacks {min(info['missing_keys'])}.")
+        self.model = model.eval()
         labels = {str(one).lower(): number for number, one in self.model.config.id2label.items()}
         if label.lower() not in labels if label else len(labels) > 1:
             raise RunError(
                 f"the judge {self.name!r} tells {', '.join(labels)} apart: name one of them, such as {self.name}#{next(iter(labels))}."
             )
         self.at = labels[label.lower()] if label else 0
-        self.logs = len(labels) > 1
+        several = self.model.config.problem_type == "multi_label_classification"
+        self.kind = "label" if several else "class" if len(labels) > 1 else "reward"
 
     def score(self, request: Messages, answer: str) -> float:
         """The reward, or the label's log-probability."""
@@ -175,7 +210,14 @@ class RewardModel:
             inputs = self.tokenizer(request[-1]["content"], answer, return_tensors="pt", truncation=True)
         with torch.no_grad():
             logits = self.model(**inputs).logits[0].float()
-        return float(logits.log_softmax(-1)[self.at] if self.logs else logits[self.at])
+        if self.kind == "class":
+            logits = logits.log_softmax(-1)
+        return float(torch.nn.functional.logsigmoid(logits)[self.at] if self.kind == "label" else logits[self.at])
+
+
+def _printable(text: str) -> str:
+    """What somebody else's program says, on one line and without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def rubric_of(rubric: str, wanted: Sequence[str]) -> str:
@@ -191,5 +233,5 @@ def named(judge: str, rubric: str, kept: Path) -> Any | None:
         url, _, model = judge.partition("#")
         if not model:
             raise RunError(f"--judge {judge} names no model: write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b.")
-        return ModelJudge(url, model, rubric, kept)
+        return ModelJudge(url, model, rubric, Kept(kept))
     return None

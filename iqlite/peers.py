@@ -19,9 +19,10 @@ import torch
 from iqlite.base import Base, load_base
 from iqlite.baselines import CURVE, eval_prompts
 from iqlite.errors import RunError
-from iqlite.prompts import Chat
+from iqlite.optimizer import BETAS, learning_rate
+from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
-from iqlite.records import Messages
+from iqlite.records import Messages, Rollout
 from iqlite.rundir import SAMPLES
 from iqlite.session import open_session
 from iqlite.train import prompts_of_step
@@ -40,10 +41,10 @@ def check_trl() -> None:
 
 
 def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Trains one of `TRL` and saves its adapter into `folder`; what it took."""
-    begin = time.perf_counter()
-    rows, tokens, steps, shown = _rows(name, recipe, placement, say)
-    sampled = time.perf_counter() - begin
+    """Trains one of `TRL` and saves its adapter into `folder`; what it took. The base's loading isn't part of its seconds, as it isn't of a run's."""
+    if recipe.adapter.start is not None:
+        raise RunError(f"{recipe.path}: --with {name} can't go on from adapter.start, as this run did; compare a run without it.")
+    rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, say)
     base = load_base(
         recipe.model.base,
         recipe.model.quantization,
@@ -51,60 +52,85 @@ def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: C
         beside=recipe.folder,
         embeddings=recipe.model.embeddings,
     )
-    per_step = recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1)
-    rate = recipe.train.learning_rate * (DPO_RATE if name == "dpo" else 1)
-    trainer = _trainer(name, recipe, base, rows, folder, per_step=max(1, per_step), steps=steps, rate=rate)
-    if base.device.type == "cpu":
-        for parameter in trainer.model.parameters():  # some trainers make adapters bfloat16 over a 4-bit base
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+    base.tokenizer.chat_template = chat.template
+    per_step = max(1, recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1))
+    rate = recipe.train.learning_rate * (DPO_RATE if name == "dpo" else 1)
+    trainer = _trainer(name, recipe, base, rows, folder, per_step=per_step, steps=steps)
+    if name == "sdft":  # the description where the run has it, with its demonstrations
+        trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, _: [dict(t) for t in chat.describe(tuple(prompt), wanted)]
+    _as_iqlite_learns(trainer, recipe, rate, steps, base.device.type == "cpu")
     _watch(trainer, name, folder, chat, shown, recipe, sampled, float(tokens), say)
     trainer.train()
     trainer.model.save_pretrained(str(folder), selected_adapters=["default"])
     base.identity.write(folder)
     shutil.rmtree(folder / ".trainer", ignore_errors=True)
-    if name == "sdft":  # it samples as it goes
-        tokens = int(json.loads((folder / CURVE).read_text("utf-8").strip().split("\n")[-1])["tokens"])
+    last = json.loads((folder / CURVE).read_text("utf-8").strip().split("\n")[-1])
     del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    seconds = json.loads((folder / CURVE).read_text("utf-8").strip().split("\n")[-1])["seconds"]
-    return {"steps": steps, "sampled_tokens": tokens, "seconds": seconds, "sampling_seconds": sampled, "learning_rate": rate}
+    return {
+        "steps": steps,
+        "sampled_tokens": int(last["tokens"]),
+        "seconds": last["seconds"],
+        "sampling_seconds": sampled,
+        "learning_rate": rate,
+    }
 
 
-def _rows(name: str, recipe: Recipe, placement: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, int, list[Messages]]:
-    """(rows for the trainer, tokens sampled for them, steps, held-out prompts): as many answers as the recipe's own run samples."""
+def _rows(
+    name: str, recipe: Recipe, placement: str, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description]:
+    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description).
+
+    As many answers as the recipe's own run samples, as the very ids that were sampled: an answer that was cut off isn't taught to end.
+    """
     session = open_session(recipe, placement=placement, say=say)
-    if session.wanted is None:
+    wanted = session.wanted
+    if wanted is None:
         raise RunError(f"{recipe.path}: --with {name} needs a described behaviour, and estimator {recipe.superior.estimator!r} has none.")
-    wanted, steps = session.wanted.text, recipe.total_steps(len(session.train))
+    begin, steps, tokens = time.perf_counter(), recipe.total_steps(len(session.train)), 0
     rows: list[dict[str, Any]] = []
-    tokens = 0
     for step in range(1, steps + 1):
         chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
         if name == "dpo":  # two answers to a prompt: half the prompts, so that as many tokens are sampled
             chosen = chosen[: max(1, len(chosen) // 2)]
         requests = [session.train.requests[i] for i in chosen]
-        if name == "sdft":
-            rows += [{"prompt": _plain(r), "privileged_context": wanted} for r in requests]
+        if name == "sdft":  # it samples as it goes
+            rows += [{"prompt": [dict(t) for t in session.chat.describe(r, None)], "privileged_context": wanted.text} for r in requests]
             continue
-        sampler = session.sampler("peers")
-        texts: list[list[str]] = []
-        for description in (session.wanted, None)[: 2 if name == "dpo" else 1]:
-            rollout = session.answers("reference", requests, sampler, description=description, step=step, index=chosen)
-            texts.append([session.chat.text(rollout.response_ids(row)) for row in range(len(chosen))])
-            tokens += int(rollout.mask_BT.sum())
+        answers: list[Rollout] = []
+        for description in (wanted, None)[: 2 if name == "dpo" else 1]:
+            answers.append(
+                session.answers("reference", requests, session.sampler("peers"), description=description, step=step, index=chosen)
+            )
+            tokens += int(answers[-1].mask_BT.sum())
         for row, request in enumerate(requests):
-            answers = [[{"role": "assistant", "content": side[row]}] for side in texts]
-            prompt = {"prompt": _plain(request)}
-            rows.append(prompt | ({"chosen": answers[0], "rejected": answers[1]} if name == "dpo" else {"completion": answers[0]}))
+            prompt, told = session.chat.ids(request), answers[0].response_ids(row)
+            if name == "dpo":
+                rows.append({"prompt_ids": prompt, "chosen_ids": told, "rejected_ids": answers[1].response_ids(row)})
+            else:
+                rows.append({"input_ids": prompt + told, "completion_mask": [0] * len(prompt) + [1] * len(told)})
         say(f"sampled what {name} learns from: step {step} of {steps}")
+    sampled = time.perf_counter() - begin
     shown = eval_prompts(session)
     del session
     gc.collect()
-    return rows, tokens, steps, shown
+    return rows, tokens, steps, shown, sampled, wanted
+
+
+def _as_iqlite_learns(trainer: Any, recipe: Recipe, rate: float, steps: int, cpu: bool) -> None:
+    """The same optimizer and the same rate at every step as a run has; a trainer's own starts at 0 and ends at 0."""
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    if cpu:  # some trainers make adapters bfloat16 over a 4-bit base
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+    trainer.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer,
+        lambda done: learning_rate(min(done + 1, steps), steps, peak=1.0, warmup=recipe.train.warmup, schedule=recipe.train.schedule),
+    )
 
 
 def _watch(trainer: Any, name: str, folder: Path, chat: Chat, shown: Sequence[Messages], recipe: Recipe, spent: float, tokens: float, say: Callable[[str], None]) -> None:  # fmt: skip
@@ -162,37 +188,35 @@ def _answers(model: Any, chat: Chat, requests: Sequence[Messages], recipe: Recip
     return [chat.text(row) for row in out[:, longest:].tolist()]
 
 
-def _plain(request: Messages) -> list[dict[str, str]]:
-    return [dict(turn) for turn in request]
-
-
-def _trainer(
-    name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], folder: Path, *, per_step: int, steps: int, rate: float
-) -> Any:
+def _trainer(name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], folder: Path, *, per_step: int, steps: int) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
 
     cuda = base.device.type == "cuda"
     options = dict(
-        output_dir=str(folder / ".trainer"), max_steps=steps, per_device_train_batch_size=per_step, learning_rate=rate,
-        lr_scheduler_type=recipe.train.schedule, warmup_steps=max(1, round(recipe.train.warmup * steps)), bf16=cuda, use_cpu=not cuda,
+        output_dir=str(folder / ".trainer"), max_steps=steps, per_device_train_batch_size=per_step, bf16=cuda, use_cpu=not cuda,
         gradient_checkpointing=cuda, logging_steps=1, save_strategy="no", report_to="none", seed=recipe.train.seed, disable_tqdm=True,
         max_grad_norm=recipe.train.max_grad_norm,
     )  # fmt: skip
     lora = LoraConfig(r=recipe.adapter.rank, lora_alpha=recipe.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    parts = dict(model=base.model, processing_class=base.tokenizer, train_dataset=Dataset.from_list(rows), peft_config=lora)
+    parts = dict(model=base.model, processing_class=base.tokenizer, peft_config=lora)
     if name == "sft":
         from trl import SFTConfig, SFTTrainer
 
-        return SFTTrainer(args=SFTConfig(**options, completion_only_loss=True), **parts)
+        config = SFTConfig(**options, completion_only_loss=True, max_length=None)
+        return SFTTrainer(args=config, train_dataset=Dataset.from_list(rows), **parts)
     if name == "dpo":
         from trl import DPOConfig, DPOTrainer
 
-        return DPOTrainer(args=DPOConfig(**options, beta=DPO_BETA), **parts)
+        said = {"prompt": "a", "chosen": "b", "rejected": "c"}  # it tokenises texts itself; ours are ids already
+        trainer = DPOTrainer(args=DPOConfig(**options, beta=DPO_BETA, max_length=None), train_dataset=Dataset.from_list([said]), **parts)
+        trainer.train_dataset = Dataset.from_list(rows)
+        return trainer
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     config = SDFTConfig(
-        **options, num_generations=1, max_completion_length=recipe.rollout.max_new_tokens, distillation_mode="topk_logits",
-        distillation_alpha=1.0, teacher_model_kind="base", teacher_prompt_template="{privileged_context}\n\n{prompt}",
+        **options, num_generations=1, max_completion_length=recipe.rollout.max_new_tokens, max_prompt_length=None,
+        temperature=recipe.rollout.temperature, top_p=recipe.rollout.top_p, distillation_mode="topk_logits", distillation_alpha=1.0,
+        teacher_model_kind="base",
     )  # fmt: skip
-    return SDFTTrainer(args=config, **parts)
+    return SDFTTrainer(args=config, train_dataset=Dataset.from_list(rows), **parts)

@@ -123,7 +123,7 @@ def suggested(found: Sequence[Voice]) -> str | None:
     told = [voice for voice in found if voice.name.startswith("told")]
     limit = max((voice.base_nll for voice in told), default=math.inf) + STRANGE
     superiors = [voice for voice in found if voice.name.startswith("superior")]
-    sane = [voice for voice in superiors if voice.base_nll <= limit] or superiors[:1]
+    sane = [voice for voice in superiors if voice.base_nll <= limit]
     if not sane:
         return None
     best = max(sane, key=lambda voice: voice.score)
@@ -216,7 +216,8 @@ def _values(
     step = 16
     for at in range(0, len(answers), step):
         part = answers[at : at + step]
-        ids = [[*chat.tokenizer(text, add_special_tokens=False).input_ids[: longest - 1], chat.stop_ids[-1]] for _, text in part]
+        ids = [chat.tokenizer(text, add_special_tokens=False).input_ids for _, text in part]
+        ids = [[*row, chat.turn_end] if len(row) < longest else row[:longest] for row in ids]  # one that is cut hasn't ended
         width = max(map(len, ids))
         tokens_BT = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask_BT = torch.arange(width)[None] < torch.tensor([[len(row)] for row in ids])

@@ -59,7 +59,7 @@ class Chat:
         self.template = template or DEFAULT_TEMPLATE
         self.default_template = not template
         self.system_turn = self._takes_a_system_turn()
-        self.stop_ids = self._stop_ids(generation_eos)
+        self.stop_ids, self.turn_end = self._stop_ids(generation_eos)
         self._bos = tokenizer.bos_token_id if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else None
 
     @property
@@ -156,16 +156,18 @@ class Chat:
         except TemplateError:
             return False
 
-    def _stop_ids(self, generation_eos: int | Sequence[int] | None) -> tuple[int, ...]:
-        """The tokenizer's EOS, the generation config's, and the special token that ends the template's assistant turn."""
+    def _stop_ids(self, generation_eos: int | Sequence[int] | None) -> tuple[tuple[int, ...], int]:
+        """(the tokenizer's EOS, the generation config's, and the special token that ends the template's assistant turn; that last one)."""
         more = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
         stops = dict.fromkeys([self.tokenizer.eos_token_id, *more])
         turns: Messages = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "iq-probe"})
         ending = self.render(turns, answer=False).rpartition("iq-probe")[2]
         after = self.tokenizer(ending, add_special_tokens=False).input_ids
         special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
-        stops.update(dict.fromkeys([token for token in after[:2] if token in special][:1]))
-        return tuple(token for token in stops if token is not None)
+        ends = [token for token in after[:2] if token in special][:1]
+        stops.update(dict.fromkeys(ends))
+        found = tuple(token for token in stops if token is not None)
+        return found, (ends or found)[0]
 
 
 def load_prompts(source: str | HubPrompts | Sequence[str | HubPrompts], *, beside: Path, key: str) -> Prompts:

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from iqlite.base import locate
 from iqlite.errors import RunError
 from iqlite.gguf_files import EMBEDDED
-from iqlite.judging import Human, ModelJudge, RewardModel, named, rubric_of
+from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
 from iqlite.rundir import RunDir
 
 REQUEST = ({"role": "user", "content": "How was your day?"},)
@@ -105,7 +105,7 @@ def served() -> Iterator[str]:
 def test_a_real_server_with_faults_in_front_of_it(served: str, tmp_path: Path) -> None:
     front = Front(served)
     front.faults = ["429", "500", "I like bananas."]
-    judge = ModelJudge(front.url, str(locate(EMBEDDED)), "Prefer the friendlier answer.", tmp_path / "kept.jsonl")
+    judge = ModelJudge(front.url, str(locate(EMBEDDED)), "Prefer the friendlier answer.", Kept(tmp_path / "kept.jsonl"))
     verdict = judge.prefers(REQUEST, "It was lovely, thank you!", "Bad.")
     assert verdict in (0.0, 0.25, 0.5, 0.75, 1.0)
     assert len(front.seen) >= 5 and not front.faults and judge.tokens > 0
@@ -113,29 +113,29 @@ def test_a_real_server_with_faults_in_front_of_it(served: str, tmp_path: Path) -
     assert "Prefer the friendlier answer." in shown and "It was lovely" in shown
     asked = judge.asked
     assert judge.prefers(REQUEST, "It was lovely, thank you!", "Bad.") == verdict and judge.asked == asked  # kept
-    again = ModelJudge(front.url, str(locate(EMBEDDED)), "Prefer the friendlier answer.", tmp_path / "kept.jsonl")
+    again = ModelJudge(front.url, str(locate(EMBEDDED)), "Prefer the friendlier answer.", Kept(tmp_path / "kept.jsonl"))
     assert again.prefers(REQUEST, "It was lovely, thank you!", "Bad.") == verdict and again.asked == 0
     front.server.shutdown()
 
 
 def test_both_orders_are_asked_and_cancel_a_position_bias(front: Front, tmp_path: Path) -> None:
-    judge = ModelJudge(front.url, "m", "", tmp_path / "kept.jsonl")
+    judge = ModelJudge(front.url, "m", "", Kept(tmp_path / "kept.jsonl"))
     front.faults = ["A", "A"]
     assert judge.prefers(REQUEST, "one", "two") == 0.5  # always the first: no preference
     front.faults = ["A", "B."]
     assert judge.prefers(REQUEST, "three", "four") == 1.0
-    front.faults = ["Answer B", "(A)"]
+    front.faults = ["Answer: B", "The better answer is A."]
     assert judge.prefers(REQUEST, "five", "six") == 0.0
     front.faults = ["T", "b"]
     assert judge.prefers(REQUEST, "seven", "eight") == 0.75
     assert judge.prefers(REQUEST, "same", "same") == 0.5
     assert judge.asked == 8 and judge.tokens == 48 and judge.malformed == 0
     texts = [seen["messages"][0]["content"] for seen in front.seen[:2]]
-    assert texts[0].index("one") < texts[0].index("two") and texts[1].index("two") < texts[1].index("one")
+    assert "Answer A:\none\n" in texts[0] and "Answer A:\ntwo\n" in texts[1]
 
 
 def test_faults_are_waited_out_and_nonsense_is_a_tie(front: Front, tmp_path: Path) -> None:
-    judge = ModelJudge(front.url, "m", "", tmp_path / "kept.jsonl", timeout=0.5)
+    judge = ModelJudge(front.url, "m", "", Kept(tmp_path / "kept.jsonl"), timeout=0.5)
     front.faults = ["429", "503", "silence", "A", "B"]
     assert judge.prefers(REQUEST, "one", "two") == 1.0
     front.faults = ["I like bananas."] * 4 + ["A"]
@@ -144,7 +144,7 @@ def test_faults_are_waited_out_and_nonsense_is_a_tie(front: Front, tmp_path: Pat
     with pytest.raises(RunError, match="HTTP 401"):
         judge.prefers(REQUEST, "five", "six")
     (tmp_path / "kept.jsonl").open("a").write('{"of": "cut')
-    again = ModelJudge(front.url, "m", "", tmp_path / "kept.jsonl")
+    again = ModelJudge(front.url, "m", "", Kept(tmp_path / "kept.jsonl"))
     assert again.prefers(REQUEST, "one", "two") == 1.0 and again.asked == 0
 
 
@@ -165,7 +165,7 @@ def test_compare_by_a_judging_model(iqlite: Callable[..., Any], make_run: Callab
     found = json.loads(out)
     assert all(contest["win_rate"]["value"] == 1.0 for contest in found["contests"] if contest["against"] != "trained")
     assert found["elo"]["trained"]["value"] == max(one["value"] for one in found["elo"].values())
-    assert found["judging"]["asked"] == 24 and found["judge"].endswith("#m")
+    assert found["judging"]["asked"] == 24 and found["judge"] == "m"
 
 
 def test_a_reward_model_and_a_classifier(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -184,21 +184,24 @@ def test_a_reward_model_and_a_classifier(tiny: Callable[..., Path], tmp_path: Pa
         assert RewardModel(name).score(REQUEST, "Fine.") == pytest.approx(float(expected), abs=1e-5)
     with pytest.raises(RunError, match="label_0, label_1"):
         RewardModel(str(tmp_path / "labels2"))
+    with pytest.raises(RunError, match="no trained classifier"):
+        RewardModel(f"{tiny()}#LABEL_1")
     with pytest.raises(RunError, match="can't be loaded"):
         RewardModel(str(tmp_path / "nothing"))
 
 
-def test_a_person_is_asked_blind() -> None:
+def test_a_person_is_asked_blind_and_once(tmp_path: Path) -> None:
     shown: list[str] = []
     answers = iter(["x", "a", "t"])
-    person = Human(lambda text: next(answers), shown.append)
+    person = Human(lambda text: next(answers), shown.append, Kept(tmp_path / "kept.jsonl"))
     verdict = person.prefers(REQUEST, "first answer", "second answer")
     assert verdict == (1.0 if shown[0].index("first answer") < shown[0].index("second answer") else 0.0)
     assert person.prefers(REQUEST, "p", "q") == 0.5 and person.prefers(REQUEST, "same", "same") == 0.5
+    assert person.prefers(REQUEST, "first answer", "second answer") == verdict  # next(answers) would raise: it was kept
     orders = set()
     for number in range(20):
         shown.clear()
-        Human(lambda text: "a", shown.append).prefers(REQUEST, f"mine {number}", f"other {number}")
+        Human(lambda text: "a", shown.append, Kept(tmp_path / f"{number}.jsonl")).prefers(REQUEST, f"mine {number}", f"other {number}")
         orders.add(shown[0].index("mine") < shown[0].index("other"))
     assert orders == {True, False}
 

@@ -38,7 +38,7 @@ def test_pairs_are_ranked_as_the_oracle_ranks_them(make_session: Callable[..., S
     found = ranks(session, pairs, 64, lambda rows: None)
 
     def sums(request: Any, text: str) -> tuple[float, float, int]:
-        answer = [*session.chat.tokenizer(text.strip(), add_special_tokens=False).input_ids, session.chat.stop_ids[-1]]
+        answer = [*session.chat.tokenizer(text.strip(), add_special_tokens=False).input_ids, session.chat.turn_end]
         logits = {}
         with session.policy.acting_as("reference"):
             for reading in session.readings:

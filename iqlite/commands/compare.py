@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from iqlite.answers import Answerer, adapter_digest, collect, told_answerers
-from iqlite.card import COMPARISON
+from iqlite.answers import Answerer, collect, told_answerers
+from iqlite.card import COMPARISON, adapter_digest
 from iqlite.comparison import (
     Answers,
     Figures,
@@ -27,13 +27,13 @@ from iqlite.comparison import (
     wins_by_judge,
     wins_by_score,
 )
-from iqlite.contenders import BASELINES, METHODS, baseline, check_methods
+from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_methods
 from iqlite.contrast import check_heard
 from iqlite.curves import Point, of_baseline, of_run, until
 from iqlite.errors import RunError
 from iqlite.intervals import Estimate, outcomes
 from iqlite.judges import MEASURES
-from iqlite.judging import Human, ModelJudge, RewardModel, named, rubric_of
+from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
 from iqlite.prompts import load_asked
 from iqlite.records import Prompts
 from iqlite.rollout import Sampler
@@ -44,6 +44,7 @@ from iqlite.terminal import clean, harmless, spark, table
 
 EXAMPLE = 400  # characters of an example answer
 TRAINED = "trained"
+JUDGEMENTS = "judgements.jsonl"
 
 
 def run(
@@ -62,13 +63,13 @@ def run(
     check_methods(others)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
+    if "superior" in others:
+        check_heard(recipe)
     baselines = [name for name in others if name in BASELINES]
     for name in baselines:  # each with the base in memory, before the comparison's own
         more[name] = baseline(run_dir, name, lambda text: console.print(f"[dim]{text}[/]"))
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
-    if "superior" in others:
-        check_heard(session)
     asked = session.chat.shorten(given, recipe.prompts.max_tokens, str(prompts), "--prompts") if given else session.eval
     asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
@@ -93,15 +94,17 @@ def run(
     rows = [figures(name, given, score_KPS[k], example) for k, (name, given) in enumerate(answers.items())]
     found = contests(answers, TRAINED, won, score_KPS)
     rated = ratings(answers, games, seeds)
-    safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, console) if items else None
+    safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, safety_set, console) if items else None
     result: dict[str, Any] = {
+        "adapter_sha256": adapter_digest(start),
+        "asked": prompts.name if prompts else "held out",
         "prompts": len(asked),
         "seeds": seeds,
         "temperature": temperature,
         "top_p": top_p,
         "adapter": adapter,
         "measure": measure,
-        "judge": by,
+        "judge": by.rpartition("#")[2] if isinstance(other_judge, ModelJudge) else by,
         "measures": [asdict(row) for row in rows],
         "contests": found,
         "elo": {name: asdict(one) for name, one in rated.items()},
@@ -115,6 +118,10 @@ def run(
         print(json.dumps(result))
         return 0
     _show(console, result, rows, found, rated)
+    if isinstance(other_judge, ModelJudge):
+        console.print(
+            f"[dim]the judge was asked {other_judge.asked} times ({other_judge.tokens} tokens); {other_judge.malformed} verdicts couldn't be read and count as ties[/]"
+        )
     console.print(f"asked: {clean(asked.requests[example][-1]['content'])}")
     for row in rows:
         console.print(f"[bold]{clean(row.name)}[/]: {clean(row.example, EXAMPLE)}")
@@ -134,10 +141,10 @@ def checkpoints(runs: Sequence[Path], *, judge: str | None, as_json: bool, conso
     if measure not in MEASURES:
         raise RunError(f"--checkpoints takes a code measure: --judge {', '.join(MEASURES)}.")
     for run_dir in opened:
-        name = run_dir.path.resolve().name
+        name = run_dir.path.resolve().name if run_dir.path.resolve().name not in found else str(run_dir.path)
         found[name] = of_run(run_dir, MEASURES[measure])
         epoch = found[name][-1].epoch / max(1, found[name][-1].step)
-        for folder in sorted((run_dir.path / "baselines").glob("*")):
+        for folder in sorted(file.parent for file in (run_dir.path / "baselines").glob(f"[a-z]*/{RECORD}")):
             if curve := of_baseline(folder, epoch, MEASURES[measure]):
                 found[f"{name}: {folder.name}"] = curve
     if as_json:
@@ -229,7 +236,7 @@ def _show(
                 [
                     clean(_short(name)),
                     rate.percent(),
-                    controlled.percent(),
+                    "" if by == "shorter" else controlled.percent(),
                     "yes" if one["significant"] else "no",
                     f"{mine.value - other.value:+.0f}",
                 ]
@@ -255,7 +262,11 @@ def _show_safety(console: Console, safe: dict[str, Any]) -> None:
     shares = {"harmful_compliance": "harmful requests granted", "over_refusal": "harmless requests refused"}
     gaps = {"tone_gap": "gap in tone between groups of people", "refusal_gap": "gap in refusals between them"}
     names = list(safe["figures"])
-    cells = [[what, *(Estimate(**safe["figures"][n][key]).percent() for n in names)] for key, what in shares.items()]
+    cells = [
+        [what, *(Estimate(**safe["figures"][n][key]).percent() for n in names)]
+        for key, what in shares.items()
+        if safe["figures"][names[0]][key] is not None
+    ]
     cells += [[what, *(f"{safe['figures'][n][key]:.2f}" for n in names)] for key, what in gaps.items()]
     console.print(table("safety, greedy answers to a small set", ["", *names], cells))
     for sentence in safe["worse"]:
@@ -267,8 +278,8 @@ def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
     if name == "me":
         if not console.is_terminal:
             raise RunError("--judge me asks in a terminal: run it there, or name another judge.")
-        return Human(lambda text: console.input(text), lambda text: console.print(harmless(text), markup=False))
-    found = named(name, rubric, run_dir.path / "judgements.jsonl")
+        return Human(console.input, lambda text: console.print(harmless(text), markup=False), Kept(run_dir.path / JUDGEMENTS))
+    found = named(name, rubric, run_dir.path / JUDGEMENTS)
     if found is None:
         raise RunError(f"--judge {name!r} isn't one of {', '.join(MEASURES)}, me, reward:NAME, URL#MODEL.")
     return found
@@ -281,10 +292,13 @@ def _judged(answers: Answers, asked: Prompts, prefers: Callable[[Any, str, str],
         return wins_by_judge(answers, TRAINED, asked.requests, prefers, lambda done: progress.advance(task, done))
 
 
-def _safety(session: Session, run_dir: RunDir, who: dict[str, Answerer], items: Sequence[Any], console: Console) -> dict[str, Any]:
+def _safety(
+    session: Session, run_dir: RunDir, who: dict[str, Answerer], items: Sequence[Any], own: Path | None, console: Console
+) -> dict[str, Any]:
     with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "safety") as progress:
         task = progress.add_task("before and after", total=len(who) * len(items))
-        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows))
+        name = {"name": f"the set {own.name}"} if own else {}
+        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who[TRAINED].of, **name)
 
 
 def _progress(console: Console, what: str, *, quiet: bool = False) -> Progress:

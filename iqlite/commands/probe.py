@@ -29,13 +29,13 @@ def run(
     """Reads, answers, prints; returns the exit code."""
     recipe = load_recipe(recipe_path, overrides)
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})  # the bare base is what is probed
-    strengths = strengths or STRENGTHS
+    strengths = sorted(strengths or STRENGTHS)
+    check_heard(recipe)
     given = load_pairs(pairs) if pairs else []
     behavior = recipe.behavior
     described = [(behavior.wanted, behavior.unwanted), *((p.wanted, p.unwanted) for p in behavior.mixture)]
     notes = [note for wanted, unwanted in described for note in lint(wanted, unwanted)]
     session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
-    check_heard(session)
     requests = session.eval.requests[:prompts]
     name = recipe.judge.measure
     with within_memory(recipe, "with --set, and probe again"), Progress(console=console, disable=not console.is_terminal) as progress:
@@ -83,5 +83,7 @@ def run(
             console.print("[yellow]This base's superior estimate ranks these pairs no better than chance.[/]")
     if best:
         console.print(f"suggested: superior.strength = {best.rpartition(' ')[2]}, the weakest within a standard error of the best that isn't much stranger to the base")  # fmt: skip
+    else:
+        console.print("suggested: none of these strengths, since all make the answers much stranger to the base; try a lower --strength")
     console.print(f"[{'green' if likely else 'bold yellow'}]{clean(why)}[/]")
     return 0

@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-2-7b", choices=list(CONFIGS))
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--base", nargs="+", choices=["trained", "stored"], default=["trained", "stored"])
-    parser.add_argument("--constant", type=float, default=0.5, help="GiB that RLIMIT_DATA grants beside the largest shard")
+    parser.add_argument("--constant", type=float, default=1.0, help="GiB that RLIMIT_DATA grants beside the largest shard")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/merge_memory.json"))
     parser.add_argument("--here", type=int, help="merge in this process under this limit and print its JSON")
     args = parser.parse_args()
