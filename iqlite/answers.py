@@ -15,6 +15,7 @@ import torch
 
 from iqlite.chunked import spans
 from iqlite.contrast import superior_answers
+from iqlite.objectives import of_tokens
 from iqlite.prompts import Description
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler
@@ -98,7 +99,7 @@ def base_nll(session: Session, rollout: Rollout) -> list[float]:
     with torch.no_grad():
         for at in spans(len(hidden_ND), session.sizes.chunk_tokens):
             logp_nV = policy.head(hidden_ND[at]).log_softmax(-1)
-            nll_N[at] = -logp_nV.gather(-1, ids_N[at, None].to(logp_nV.device))[:, 0].cpu()
+            nll_N[at] = -of_tokens(logp_nV, ids_N[at].to(logp_nV.device)).cpu()
     nll_BT = torch.zeros(mask_BT.shape)
     nll_BT[mask_BT] = nll_N
     means: list[float] = (nll_BT.sum(-1) / mask_BT.sum(-1)).tolist()

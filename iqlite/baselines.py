@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from iqlite.chunked import spans
+from iqlite.objectives import of_tokens
 from iqlite.optimizer import apply_update, learning_rate, make_optimizer
 from iqlite.records import Messages, Rollout, SuperiorScores
 from iqlite.rundir import SAMPLES
 from iqlite.session import Session
 from iqlite.superior import read
-from iqlite.train import backward, micro_batches, policy_states, prompts_of_step
+from iqlite.train import backward, micro_batches, policy_states, prompts_of_step, spread
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
 CURVE = "curve.jsonl"
@@ -84,7 +84,7 @@ def token_logps(session: Session, rollout: Rollout, scores: SuperiorScores, hidd
         for at in spans(len(ids_n), session.sizes.chunk_tokens):
             superior_nV, reference_nV, _ = session.scoring(head, {name: states_nD[at] for name, states_nD in hidden.items()})
             for row, logp_nV in enumerate((head(policy_nD[at]).log_softmax(-1), reference_nV, superior_nV)):
-                found[row, at] = logp_nV.gather(-1, ids_n[at, None].to(logp_nV.device))[:, 0].cpu()
+                found[row, at] = of_tokens(logp_nV, ids_n[at].to(logp_nV.device)).cpu()
     out[:, mask_BT] = found
     return out[0], out[1], out[2]
 
@@ -98,17 +98,13 @@ def rewards(logp_BT: Tensor, reference_BT: Tensor, superior_BT: Tensor, mask_BT:
 
 
 def eval_prompts(session: Session) -> list[Messages]:
-    """The held-out prompts that an evaluation during training answers: as many as the recipe says, spread over the set."""
-    count = min(session.recipe.prompts.eval_count, len(session.eval))
-    return [session.eval.requests[i] for i in np.linspace(0, len(session.eval) - 1, count).astype(int)]
+    """The held-out prompts that an evaluation during training answers."""
+    return [session.eval.requests[i] for i in spread(len(session.eval), session.recipe.prompts.eval_count)]
 
 
-def add_samples(session: Session, folder: Path, step: int, rollout: Rollout) -> None:
+def add_samples(folder: Path, step: int, requests: Sequence[Messages], answers: Sequence[str]) -> None:
     """Appends held-out answers to a baseline's samples.jsonl."""
-    rows = range(len(rollout.index))
-    lines = [
-        {"step": step, "prompt": rollout.requests[r][-1]["content"], "answer": session.chat.text(rollout.response_ids(r))} for r in rows
-    ]
+    lines = [{"step": step, "prompt": r[-1]["content"], "answer": text} for r, text in zip(requests, answers, strict=True)]
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -123,7 +119,12 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
     acting = replace(session, recipe=recipe.model_copy(update={"objective": objective}))
     optimizer, value = make_optimizer(policy, recipe.train.optimizer), Value(policy.head.linear.weight.shape[1])
     shown = eval_prompts(session)
-    add_samples(session, folder, 0, session.answers("policy", shown, session.sampler("eval")))
+
+    def sample(step: int) -> None:
+        rollout = session.answers("policy", shown, session.sampler("eval"))
+        add_samples(folder, step, shown, [session.chat.text(rollout.response_ids(row)) for row in range(len(shown))])
+
+    sample(0)
     tokens, curve, begin = 0, [], time.perf_counter()
     for step in range(1, total + 1):
         chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
@@ -160,7 +161,7 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
         say(step, total, values)
         if step % recipe.train.eval_every == 0 or step == total:
             paused = time.perf_counter()
-            add_samples(session, folder, step, session.answers("policy", shown, session.sampler("eval")))
+            sample(step)
             begin += time.perf_counter() - paused
     policy.save_adapter(folder)
     (folder / CURVE).write_text("".join(json.dumps(line) + "\n" for line in curve), "utf-8")

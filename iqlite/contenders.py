@@ -11,6 +11,7 @@ from iqlite.errors import RunError
 from iqlite.peers import TRL, check_trl, train_by_trl
 from iqlite.rundir import RunDir
 from iqlite.session import open_session, within_memory
+from iqlite.terminal import duration
 
 BASELINES = (*TRL, "ppo")
 METHODS = ("prompting", "superior", *BASELINES)
@@ -40,7 +41,7 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None]) -> Path:
             session = open_session(recipe, placement=placement, say=say)
 
             def step(at: int, total: int, values: dict[str, float]) -> None:
-                say(f"ppo: step {at}/{total}, return {values['return']:+.3f}, {values['seconds']:.0f} s")
+                say(f"ppo: step {at}/{total}, return {values['return']:+.3f}, left {duration(values['seconds'] / at * (total - at))}")
 
             record = train_ppo(session, making, step)
         else:

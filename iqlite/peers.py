@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from iqlite.base import Base, load_base
-from iqlite.baselines import CURVE, eval_prompts
+from iqlite.baselines import CURVE, add_samples, eval_prompts
 from iqlite.errors import RunError
 from iqlite.optimizer import BETAS, learning_rate
 from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
 from iqlite.records import Messages, Rollout
-from iqlite.rundir import SAMPLES
 from iqlite.session import open_session
+from iqlite.terminal import duration
 from iqlite.train import prompts_of_step
 
 TRL = ("sft", "dpo", "sdft")
@@ -155,7 +155,8 @@ def _watch(trainer: Any, name: str, folder: Path, chat: Chat, shown: Sequence[Me
             seconds = time.perf_counter() - self.begin
             with (folder / CURVE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "seconds": seconds, "tokens": tokens or self.sampled}) + "\n")
-            say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, {seconds:.0f} s")
+            left = (seconds - spent) / state.global_step * (state.max_steps - state.global_step)
+            say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, left {duration(left)}")
 
         def _sample(self, step: int) -> None:
             paused = time.perf_counter()
@@ -163,9 +164,7 @@ def _watch(trainer: Any, name: str, folder: Path, chat: Chat, shown: Sequence[Me
             trainer.model.eval()
             texts = _answers(trainer.model, chat, shown, recipe)
             trainer.model.train(training)
-            lines = [{"step": step, "prompt": r[-1]["content"], "answer": text} for r, text in zip(shown, texts, strict=True)]
-            with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            add_samples(folder, step, shown, texts)
             self.begin += time.perf_counter() - paused
 
     trainer.remove_callback(PrinterCallback)

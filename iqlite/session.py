@@ -188,7 +188,7 @@ def open_session(
     notes = []
     if chat.default_template:
         notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
-    room = _room(recipe, chat, base)
+    room = room_of(recipe, chat, base)
     train = chat.shorten(train, room, name_of(recipe.prompts.train), key + "train")
     held_out = chat.shorten(held_out, room, name_of(recipe.prompts.eval or recipe.prompts.train), key + "eval")
     outside = outside and chat.shorten(outside, room, name_of(recipe.prompts.outside or ""), key + "outside")
@@ -301,7 +301,7 @@ def _asks_the_hub(recipe: Recipe) -> bool:
     return not local or any(isinstance(one, HubPrompts) for one in flat)
 
 
-def _room(recipe: Recipe, chat: Chat, base: Base) -> int:
+def room_of(recipe: Recipe, chat: Chat, base: Base) -> int:
     """Tokens a request may have so that its longest reading and answer fit the context."""
     hello: Messages = ({"role": "user", "content": "hello"},)
     plain = len(chat.ids(hello))

@@ -222,6 +222,12 @@ def prompts_of_step(prompts: Prompts, step: int, count: int, seed: int) -> list[
     return chosen
 
 
+def spread(total: int, count: int) -> list[int]:
+    """Up to `count` of `total` numbers, evenly spread: held-out prompts from all sources."""
+    chosen: list[int] = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
+    return chosen
+
+
 def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors, step: int) -> tuple[dict[str, float], list[Verdict]]:
     """Answers held-out prompts with fixed noise and measures KL(policy‖superior), the superior always read by the bare base."""
     count = session.recipe.prompts.eval_count
@@ -229,7 +235,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     for name, prompts in (("eval", session.eval), ("outside", session.outside)):
         if prompts is None:
             continue
-        chosen = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int).tolist()  # spread over all sources
+        chosen = spread(len(prompts), count)
         rollout = session.answers("policy", [prompts.requests[i] for i in chosen], session.sampler(name), index=chosen)
         found = describe(rollout, session.score(rollout, weights="base"))
         for key, metric in _EVALUATED.items():

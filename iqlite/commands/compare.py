@@ -39,7 +39,7 @@ from iqlite.records import Prompts
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir, check_adapter_of
 from iqlite.safety import check, load_items
-from iqlite.session import Session, open_session, within_memory
+from iqlite.session import Session, open_session, room_of, within_memory
 from iqlite.terminal import clean, harmless, spark, table
 
 EXAMPLE = 400  # characters of an example answer
@@ -70,7 +70,8 @@ def run(
         more[name] = baseline(run_dir, name, lambda text: console.print(f"[dim]{text}[/]"))
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
-    asked = session.chat.shorten(given, recipe.prompts.max_tokens, str(prompts), "--prompts") if given else session.eval
+    room = room_of(recipe, session.chat, session.policy.base)
+    asked = session.chat.shorten(given, room, str(prompts), "--prompts") if given else session.eval
     asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     who = [Answerer("base", "reference"), *told_answerers(session)]

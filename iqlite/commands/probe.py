@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from iqlite.probing import RANKINGS, STRENGTHS, contrast, lint, load_pairs, rank
 from iqlite.recipe import load_recipe
 from iqlite.rollout import Sampler
 from iqlite.session import open_session, within_memory
-from iqlite.terminal import clean, table
+from iqlite.terminal import clean, duration, table
 
 EXAMPLE = 160
 LONGEST = 256  # tokens of an answer of a pair that are read
@@ -50,7 +51,17 @@ def run(
         found = voices(session, requests, sampler, MEASURES[name], strengths, done)
         where = contrast(session, session.answers("reference", requests, session.sampler("probe")))
         progress.advance(task)
-        ranked = ranks(session, given, LONGEST, lambda rows: progress.advance(task, rows / 16)) if given else {}
+        began, read_rows = time.monotonic(), 0
+
+        def read(rows: int) -> None:
+            nonlocal read_rows
+            progress.advance(task, rows / 16)
+            read_rows += rows
+            left = (time.monotonic() - began) / read_rows * (2 * len(given) - read_rows)
+            if progress.disable:
+                console.print(f"read {read_rows} of {2 * len(given)} answers of pairs, left {duration(left)}", markup=False)
+
+        ranked = ranks(session, given, LONGEST, read) if given else {}
     likely, why = verdict(where, found, name)
     best = suggested(found)
     if as_json:
