@@ -7,11 +7,9 @@ Its optimum is Π_t π̃, the same as the token-level objectives'. Rollouts, rea
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +17,14 @@ from torch import Tensor
 
 from iqlite.chunked import spans
 from iqlite.objectives import of_tokens
-from iqlite.optimizer import apply_update, learning_rate, make_optimizer
-from iqlite.records import Messages, Rollout, SuperiorScores
-from iqlite.rundir import SAMPLES
+from iqlite.optimizer import apply_update, learning_rate, load_state_of, make_optimizer, state_of
+from iqlite.records import Messages, Rollout, StepMetrics, SuperiorScores
+from iqlite.rundir import RunDir, part
 from iqlite.session import Session
 from iqlite.superior import read
 from iqlite.train import backward, micro_batches, policy_states, prompts_of_step, spread
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
-CURVE = "curve.jsonl"
 VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; ours
 
 
@@ -51,7 +48,7 @@ class Value:
             self.optimizer.zero_grad()
             error.backward()
             self.optimizer.step()
-        return float(error)
+        return float(error.detach())
 
 
 def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
@@ -102,15 +99,8 @@ def eval_prompts(session: Session) -> list[Messages]:
     return [session.eval.requests[i] for i in spread(len(session.eval), session.recipe.prompts.eval_count)]
 
 
-def add_samples(folder: Path, step: int, requests: Sequence[Messages], answers: Sequence[str]) -> None:
-    """Appends held-out answers to a baseline's samples.jsonl."""
-    lines = [{"step": step, "prompt": r[-1]["content"], "answer": text} for r, text in zip(requests, answers, strict=True)]
-    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str, float]], None]) -> dict[str, Any]:
-    """The recipe's steps by PPO on a fresh adapter, saved into `folder`; what it took."""
+def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str, float]], None]) -> dict[str, Any]:
+    """The recipe's steps by PPO on a fresh adapter, from the last checkpoint in `work`, saved there; what it took."""
     recipe, policy = session.recipe, session.policy
     total = recipe.total_steps(len(session.train))
     beta = 1 / max(recipe.superior.settings()["strength"], 1e-6)
@@ -122,18 +112,22 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
 
     def sample(step: int) -> None:
         rollout = session.answers("policy", shown, session.sampler("eval"))
-        add_samples(folder, step, shown, [session.chat.text(rollout.response_ids(row)) for row in range(len(shown))])
+        for row, request in enumerate(shown):
+            work.add_sample(step, request[-1]["content"], session.chat.text(rollout.response_ids(row)))
 
-    sample(0)
-    tokens, curve, begin = 0, [], time.perf_counter()
-    for step in range(1, total + 1):
+    done, tokens, seconds = _resume(session, work, optimizer, value)
+    if done == 0:
+        sample(0)
+        _checkpoint(session, work, optimizer, value, 0, 0, 0.0)
+    begin = time.perf_counter() - seconds
+    for step in range(done + 1, total + 1):
         chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
         rollout = session.answers("policy", [session.train.requests[i] for i in chosen], session.sampler("train"), step=step, index=chosen)
         scores = read(policy, session.chat, rollout, session.readings, session.sizes)
         hidden_BTD = torch.zeros(*rollout.mask_BT.shape, policy.head.linear.weight.shape[1])
         with policy.acting_as("policy"):
-            for part in micro_batches(session, rollout):
-                hidden_BTD[part] = policy_states(session, rollout, part).float().cpu()
+            for rows in micro_batches(session, rollout):
+                hidden_BTD[rows] = policy_states(session, rollout, rows).float().cpu()
         logp_BT, reference_BT, superior_BT = token_logps(session, rollout, scores, hidden_BTD.to(policy.device, policy.base.compute_dtype))
         mask_BT = rollout.mask_BT
         reward_BT = rewards(logp_BT, reference_BT, superior_BT, mask_BT, beta)
@@ -143,8 +137,8 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
         count = int(mask_BT.sum())
         for _ in range(EPOCHS):
             optimizer.zero_grad(set_to_none=True)
-            for part in micro_batches(session, rollout):
-                backward(acting, rollout, scores, part, count, logp_BT, advantage_BT)
+            for rows in micro_batches(session, rollout):
+                backward(acting, rollout, scores, rows, count, logp_BT, advantage_BT)
             norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
         optimizer.zero_grad(set_to_none=True)
         error = value.fit(hidden_BTD[mask_BT], return_BT[mask_BT])
@@ -157,12 +151,36 @@ def train_ppo(session: Session, folder: Path, say: Callable[[int, int, dict[str,
             "seconds": time.perf_counter() - begin,
             "tokens": float(tokens),
         }
-        curve.append({"step": step, **values})
+        work.add_metrics(StepMetrics(step, values))
         say(step, total, values)
+        paused = time.perf_counter()
         if step % recipe.train.eval_every == 0 or step == total:
-            paused = time.perf_counter()
             sample(step)
-            begin += time.perf_counter() - paused
-    policy.save_adapter(folder)
-    (folder / CURVE).write_text("".join(json.dumps(line) + "\n" for line in curve), "utf-8")
+        if step % recipe.train.checkpoint_every == 0 or step == total:
+            _checkpoint(session, work, optimizer, value, step, tokens, values["seconds"])
+        begin += time.perf_counter() - paused
+    policy.save_adapter(work.path)
     return {"steps": total, "sampled_tokens": tokens, "seconds": time.perf_counter() - begin, "learning_rate": recipe.train.learning_rate}
+
+
+def _checkpoint(session: Session, work: RunDir, optimizer: Any, value: Value, step: int, tokens: int, seconds: float) -> None:
+    (moments, numbers), (value_moments, value_numbers) = state_of(optimizer), state_of(value.optimizer)
+    groups = {"adapter": session.policy.state(), "optimizer": moments, "value": value.linear.state_dict(), "values": value_moments}
+    tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+    state = {"optimizer": numbers, "values": value_numbers, "loss_scale": session.policy.loss_scale, "sizes": session.sizes.record()}
+    work.save_checkpoint(step, tensors, {**state, "tokens": tokens, "seconds": seconds})
+
+
+def _resume(session: Session, work: RunDir, optimizer: Any, value: Value) -> tuple[int, int, float]:
+    """(steps done, tokens sampled, seconds)."""
+    found = work.load_checkpoint()
+    if found is None:
+        return 0, 0, 0.0
+    tensors, state = found
+    session.policy.load_state(part(tensors, "adapter."))
+    load_state_of(optimizer, part(tensors, "optimizer."), state["optimizer"])
+    value.linear.load_state_dict(part(tensors, "value."))
+    load_state_of(value.optimizer, part(tensors, "values."), state["values"])
+    session.policy.loss_scale = state["loss_scale"]
+    session.sizes.restore(state["sizes"])
+    return state["step"], state["tokens"], state["seconds"]

@@ -74,6 +74,9 @@ def compare(
             help="Also: superior (the target itself, untrained), sft, dpo, sdft, ppo (trained under the same recipe).",
         ),
     ] = "",
+    pairs: Annotated[
+        Path | None, typer.Option(help="Your preference pairs for --with dpo, which otherwise learns told against plain answers.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="tone, shorter, refusal, compliance (by default the recipe's own), me, reward:NAME, or URL#MODEL.")
     ] = None,
@@ -109,6 +112,7 @@ def compare(
             count=count,
             adapter=adapter,
             others=[name.strip() for name in others.split(",") if name.strip()],
+            pairs=pairs,
             judge=judge,
             safety=safety or safety_set is not None,
             safety_set=safety_set,

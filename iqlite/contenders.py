@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from iqlite.baselines import train_ppo
 from iqlite.errors import RunError
-from iqlite.peers import TRL, check_trl, train_by_trl
-from iqlite.rundir import RunDir
+from iqlite.peers import TRAINER, TRL, check_trl, train_by_trl
+from iqlite.preferences import load_pairs
+from iqlite.rundir import RunDir, explained
 from iqlite.session import open_session, within_memory
 from iqlite.terminal import duration
 
@@ -18,8 +21,8 @@ METHODS = ("prompting", "superior", *BASELINES)
 RECORD = "baseline.json"
 
 
-def check_methods(names: Sequence[str]) -> None:
-    """RunError for a method that there isn't, or that can't be had here."""
+def check_methods(names: Sequence[str], pairs: Path | None = None) -> None:
+    """RunError for a method that there isn't or that can't be had here; PromptsError for pairs that can't be read."""
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise RunError(
@@ -27,27 +30,36 @@ def check_methods(names: Sequence[str]) -> None:
         )
     if set(names) & set(TRL):
         check_trl()
+    if pairs:
+        if "dpo" not in names:
+            raise RunError(f"--pairs {pairs} is what DPO learns from: add --with dpo.")
+        load_pairs(pairs)
 
 
-def baseline(run: RunDir, name: str, say: Callable[[str], None]) -> Path:
-    """The adapter of a method in BASELINES under the run's recipe; trained now unless it's there."""
-    folder = run.path / "baselines" / name
+def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | None = None) -> Path:
+    """The adapter of a method in BASELINES under the run's recipe; trained now unless it's there, from where it was interrupted.
+
+    With `pairs` DPO learns from that file.
+    """
+    given = load_pairs(pairs) if pairs else []
+    folder = run.path / "baselines" / (f"{name}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}" if given else name)
     if (folder / RECORD).is_file():
         return folder
     recipe, placement = run.recipe(), run.environment()["placement"]
-
-    def write(making: Path) -> None:
+    work = RunDir(folder.with_name(f".unfinished-{folder.name}"), "compare again")
+    with within_memory(recipe, "in that file, and compare again"), explained(run.path, work.again):
+        work.path.mkdir(parents=True, exist_ok=True)
         if name == "ppo":
             session = open_session(recipe, placement=placement, say=say)
 
             def step(at: int, total: int, values: dict[str, float]) -> None:
                 say(f"ppo: step {at}/{total}, return {values['return']:+.3f}, left {duration(values['seconds'] / at * (total - at))}")
 
-            record = train_ppo(session, making, step)
+            record = train_ppo(session, work, step)
         else:
-            record = train_by_trl(name, recipe, placement, making, say)
-        (making / RECORD).write_text(json.dumps({"method": name, **record}, indent=2) + "\n", "utf-8")
-
-    with within_memory(recipe, "in that file, and compare again"):
-        run.save_folder(folder, write)
+            record = train_by_trl(name, recipe, placement, work, say, given)
+        work.write(RECORD, json.dumps({"method": name, **({"pairs": pairs.name} if pairs else {}), **record}, indent=2) + "\n")
+        for leftover in ("checkpoints", TRAINER):
+            shutil.rmtree(work.path / leftover, ignore_errors=True)
+        work.path.rename(folder)
     return folder

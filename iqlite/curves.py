@@ -5,12 +5,10 @@ A run samples its held-out prompts at every evaluation (samples.jsonl); so do th
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from iqlite.errors import RunError
 from iqlite.rundir import SAMPLES, RunDir
@@ -42,7 +40,7 @@ def of_run(run: RunDir, measure: Callable[[str], float]) -> list[Point]:
         at[line["step"]] = (tokens, seconds)
     environment, recipe = run.environment(), run.recipe()
     epoch = recipe.rollout.prompts_per_step / environment["prompts"]["train"]
-    found = _points(run.path / SAMPLES, at, epoch, measure)
+    found = _points(run, at, epoch, measure)
     if not found:
         raise RunError(f"{run.path} has no samples yet: train it first, or set train.eval_every to have them on the way.")
     return found
@@ -50,9 +48,8 @@ def of_run(run: RunDir, measure: Callable[[str], float]) -> list[Point]:
 
 def of_baseline(folder: Path, epoch: float, measure: Callable[[str], float]) -> list[Point]:
     """A baseline's curve; `epoch` is what one step is of a pass over the prompts."""
-    curve = _lines(folder / "curve.jsonl")
-    at = {line["step"]: (line["tokens"], line["seconds"]) for line in curve}
-    return _points(folder / SAMPLES, {0: (0.0, 0.0)} | at, epoch, measure)
+    at = {line["step"]: (line["tokens"], line["seconds"]) for line in RunDir(folder).metrics()}
+    return _points(RunDir(folder), {0: (0.0, 0.0)} | at, epoch, measure)
 
 
 def until(points: Sequence[Point], share: float = 0.9) -> Point | None:
@@ -67,9 +64,9 @@ def until(points: Sequence[Point], share: float = 0.9) -> Point | None:
     return points[-1]
 
 
-def _points(path: Path, at: Mapping[int, tuple[float, float]], epoch: float, measure: Callable[[str], float]) -> list[Point]:
+def _points(run: RunDir, at: Mapping[int, tuple[float, float]], epoch: float, measure: Callable[[str], float]) -> list[Point]:
     by_step: dict[int, list[str]] = {}
-    for line in _lines(path):
+    for line in run.lines(SAMPLES):
         by_step.setdefault(line["step"], []).append(line["answer"])
     found = []
     for step, answers in sorted(by_step.items()):
@@ -78,16 +75,4 @@ def _points(path: Path, at: Mapping[int, tuple[float, float]], epoch: float, mea
             error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
             words = statistics.fmean(len(answer.split()) for answer in answers)
             found.append(Point(step, step * epoch, *at[step], statistics.fmean(scores), error, words))
-    return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text("utf-8").split("\n"):
-        try:
-            found += [json.loads(line)] if line else []
-        except ValueError:  # the line that a kill cut in two
-            continue
     return found

@@ -1,14 +1,12 @@
 """SFT, DPO and SDFT by TRL's own trainers under a recipe: its base, prompts, adapter shape, steps and sampled tokens (extra iqlite[compare]).
 
-SFT learns the told base's answers; DPO prefers them to the base's plain ones (no human data, after RLCD and DLMA); SDFT distils the told
-base into the policy's own answers. The answers that SFT and DPO learn from are sampled by iqlite, once, from the base.
+SFT learns the told base's answers; DPO prefers them to the base's plain ones (no human data, after RLCD and DLMA) or learns from a user's
+pairs; SDFT distils the told base into the policy's own answers. What SFT and DPO learn from is sampled by iqlite, once, from the base.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,17 +15,23 @@ from typing import Any
 import torch
 
 from iqlite.base import Base, load_base
-from iqlite.baselines import CURVE, add_samples, eval_prompts
+from iqlite.baselines import eval_prompts
 from iqlite.errors import RunError
 from iqlite.optimizer import BETAS, learning_rate
+from iqlite.preferences import Pair, answer_ids
 from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
-from iqlite.records import Messages, Rollout
-from iqlite.session import open_session
+from iqlite.records import Messages, Rollout, StepMetrics
+from iqlite.rundir import RunDir
+from iqlite.session import Session, open_session, room_of
 from iqlite.terminal import duration
 from iqlite.train import prompts_of_step
 
 TRL = ("sft", "dpo", "sdft")
+ROWS, TRAINER = (
+    "rows.jsonl",
+    "trainer",
+)  # what is sampled beforehand, and TRL's own checkpoints, in the folder of a baseline that isn't finished
 DPO_BETA = 0.1  # TRL's and the paper's default (arXiv 2305.18290)
 DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-level objectives; ours
 
@@ -40,11 +44,16 @@ def check_trl() -> None:
         raise RunError("--with sft, dpo and sdft need TRL: pip install 'iqlite[compare]', or leave them out.") from None
 
 
-def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Trains one of `TRL` and saves its adapter into `folder`; what it took. The base's loading isn't part of its seconds, as it isn't of a run's."""
+def train_by_trl(
+    name: str, recipe: Recipe, placement: str, work: RunDir, say: Callable[[str], None], pairs: Sequence[Pair] = ()
+) -> dict[str, Any]:
+    """Trains one of `TRL`, from the last checkpoint in `work`, and saves its adapter there; what it took. The base's loading isn't part of its seconds, as it isn't of a run's.
+
+    With `pairs` DPO learns from those, answers cut at the recipe's rollout.max_new_tokens; its tokens are then the ones it learned from.
+    """
     if recipe.adapter.start is not None:
         raise RunError(f"{recipe.path}: --with {name} can't go on from adapter.start, as this run did; compare a run without it.")
-    rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, say)
+    rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, work, say, pairs)
     base = load_base(
         recipe.model.base,
         recipe.model.quantization,
@@ -54,18 +63,17 @@ def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: C
     )
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
     base.tokenizer.chat_template = chat.template
-    per_step = max(1, recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1))
     rate = recipe.train.learning_rate * (DPO_RATE if name == "dpo" else 1)
-    trainer = _trainer(name, recipe, base, rows, folder, per_step=per_step, steps=steps)
-    if name == "sdft":  # the description where the run has it, with its demonstrations
+    trainer = _trainer(name, recipe, base, rows, work.path, per_step=_per_step(name, recipe), steps=steps)
+    if name == "sdft" and wanted:  # the description where the run has it, with its demonstrations
         trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, _: [dict(t) for t in chat.describe(tuple(prompt), wanted)]
     _as_iqlite_learns(trainer, recipe, rate, steps, base.device.type == "cpu")
-    _watch(trainer, name, folder, chat, shown, recipe, sampled, float(tokens), say)
-    trainer.train()
-    trainer.model.save_pretrained(str(folder), selected_adapters=["default"])
-    base.identity.write(folder)
-    shutil.rmtree(folder / ".trainer", ignore_errors=True)
-    last = json.loads((folder / CURVE).read_text("utf-8").strip().split("\n")[-1])
+    _watch(trainer, name, work, chat, shown, recipe, sampled, float(tokens), say)
+    whole = sorted((file.parent for file in (work.path / TRAINER).glob("checkpoint-*/trainer_state.json")), key=lambda p: int(p.name[11:]))
+    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    trainer.model.save_pretrained(str(work.path), selected_adapters=["default"])
+    base.identity.write(work.path)
+    last = work.metrics()[-1]
     del trainer
     gc.collect()
     if torch.cuda.is_available():
@@ -80,44 +88,72 @@ def train_by_trl(name: str, recipe: Recipe, placement: str, folder: Path, say: C
 
 
 def _rows(
-    name: str, recipe: Recipe, placement: str, say: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description]:
-    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description).
-
-    As many answers as the recipe's own run samples, as the very ids that were sampled: an answer that was cut off isn't taught to end.
-    """
+    name: str, recipe: Recipe, placement: str, work: RunDir, say: Callable[[str], None], pairs: Sequence[Pair]
+) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description | None]:
+    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description)."""
     session = open_session(recipe, placement=placement, say=say)
-    wanted = session.wanted
-    if wanted is None:
+    wanted, steps = session.wanted, recipe.total_steps(len(session.train))
+    if wanted is None and not pairs:
         raise RunError(f"{recipe.path}: --with {name} needs a described behaviour, and estimator {recipe.superior.estimator!r} has none.")
-    begin, steps, tokens = time.perf_counter(), recipe.total_steps(len(session.train)), 0
-    rows: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
-        if name == "dpo":  # two answers to a prompt: half the prompts, so that as many tokens are sampled
-            chosen = chosen[: max(1, len(chosen) // 2)]
+    if pairs:
+        rows, tokens, seconds = *_given(session, pairs, steps * _per_step("dpo", recipe)), 0.0
+    else:
+        rows, tokens, seconds = _sampled(name, session, steps, work, say)
+    return rows, tokens, steps, eval_prompts(session), seconds, wanted
+
+
+def _per_step(name: str, recipe: Recipe) -> int:
+    """Rows of a step. DPO has two answers to a prompt: half the prompts, so that as many tokens are sampled."""
+    return max(1, recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1))
+
+
+def _sampled(name: str, session: Session, steps: int, work: RunDir, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, float]:
+    """(rows, tokens sampled, seconds of it), kept in rows.jsonl step by step.
+
+    As many answers as the recipe's own run samples, as the very ids: an answer that was cut off isn't taught to end.
+    """
+    recipe, wanted = session.recipe, session.wanted
+    assert wanted is not None
+    work.keep_lines(steps, ROWS)
+    for step in range(len(work.lines(ROWS)) + 1, steps + 1):
+        begin, tokens = time.perf_counter(), 0
+        rows: list[dict[str, Any]] = []
+        chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)[: _per_step(name, recipe)]
         requests = [session.train.requests[i] for i in chosen]
         if name == "sdft":  # it samples as it goes
-            rows += [{"prompt": [dict(t) for t in session.chat.describe(r, None)], "privileged_context": wanted.text} for r in requests]
-            continue
-        answers: list[Rollout] = []
-        for description in (wanted, None)[: 2 if name == "dpo" else 1]:
-            answers.append(
-                session.answers("reference", requests, session.sampler("peers"), description=description, step=step, index=chosen)
-            )
-            tokens += int(answers[-1].mask_BT.sum())
-        for row, request in enumerate(requests):
-            prompt, told = session.chat.ids(request), answers[0].response_ids(row)
-            if name == "dpo":
-                rows.append({"prompt_ids": prompt, "chosen_ids": told, "rejected_ids": answers[1].response_ids(row)})
-            else:
-                rows.append({"input_ids": prompt + told, "completion_mask": [0] * len(prompt) + [1] * len(told)})
-        say(f"sampled what {name} learns from: step {step} of {steps}")
-    sampled = time.perf_counter() - begin
-    shown = eval_prompts(session)
-    del session
-    gc.collect()
-    return rows, tokens, steps, shown, sampled, wanted
+            rows = [{"prompt": [dict(t) for t in session.chat.describe(r, None)], "privileged_context": wanted.text} for r in requests]
+        else:
+            answers: list[Rollout] = []
+            for description in (wanted, None)[: 2 if name == "dpo" else 1]:
+                told = session.answers("reference", requests, session.sampler("peers"), description=description, step=step, index=chosen)
+                answers.append(told)
+                tokens += int(told.mask_BT.sum())
+            for row, request in enumerate(requests):
+                prompt, answer = session.chat.ids(request), answers[0].response_ids(row)
+                if name == "dpo":
+                    rows.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answers[1].response_ids(row)})
+                else:
+                    rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+            say(f"sampled what {name} learns from: step {step} of {steps}")
+        work.append(ROWS, {"step": step, "rows": rows, "tokens": tokens, "seconds": time.perf_counter() - begin})
+    lines = work.lines(ROWS)
+    return [row for line in lines for row in line["rows"]], sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
+
+
+def _given(session: Session, pairs: Sequence[Pair], count: int) -> tuple[list[dict[str, Any]], int]:
+    """(rows of a user's pairs, their answers' tokens): pass after pass, each its own permutation, until there are `count`."""
+    recipe, chat = session.recipe, session.chat
+    longest, room = recipe.rollout.max_new_tokens, room_of(recipe, chat, session.policy.base)
+    chosen = [number for step in range(1, count + 1) for number in prompts_of_step(pairs, step, 1, recipe.train.seed)]
+    rows = [
+        {
+            "prompt_ids": chat.ids(chat.cut(pairs[number].request, room)),
+            "chosen_ids": answer_ids(chat, pairs[number].chosen, longest),
+            "rejected_ids": answer_ids(chat, pairs[number].rejected, longest),
+        }
+        for number in chosen
+    ]
+    return rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
 
 
 def _as_iqlite_learns(trainer: Any, recipe: Recipe, rate: float, steps: int, cpu: bool) -> None:
@@ -133,39 +169,42 @@ def _as_iqlite_learns(trainer: Any, recipe: Recipe, rate: float, steps: int, cpu
     )
 
 
-def _watch(trainer: Any, name: str, folder: Path, chat: Chat, shown: Sequence[Messages], recipe: Recipe, spent: float, tokens: float, say: Callable[[str], None]) -> None:  # fmt: skip
-    """The trainer's progress through `say` (its own would print into standard output), held-out answers and a line of the curve."""
+def _watch(trainer: Any, name: str, work: RunDir, chat: Chat, shown: Sequence[Messages], recipe: Recipe, spent: float, tokens: float, say: Callable[[str], None]) -> None:  # fmt: skip
+    """The trainer's progress through `say` (its own would print into standard output), held-out answers and a line of metrics a step."""
     from transformers import PrinterCallback, TrainerCallback
 
     class Told(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.begin, self.sampled = time.perf_counter() - spent, 0.0
-
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._sample(0)
+            work.keep_lines(state.global_step)
+            last = (work.metrics() or [{"seconds": spent, "tokens": 0.0}])[-1]
+            self.sampled, self.first = last["tokens"], state.global_step
+            if state.global_step == 0:
+                self._sample(0)
+            self.begin = self.resumed = time.perf_counter()
+            self.begin -= last["seconds"]
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % recipe.train.eval_every == 0 or state.global_step == state.max_steps:
+                paused = time.perf_counter()
                 self._sample(state.global_step)
+                self.begin += time.perf_counter() - paused
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" not in (logs or {}):
                 return
             self.sampled += (logs or {}).get("completions/mean_length", 0.0) * recipe.rollout.prompts_per_step
-            seconds = time.perf_counter() - self.begin
-            with (folder / CURVE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "seconds": seconds, "tokens": tokens or self.sampled}) + "\n")
-            left = (seconds - spent) / state.global_step * (state.max_steps - state.global_step)
+            now = time.perf_counter()
+            work.add_metrics(StepMetrics(state.global_step, {"loss": logs["loss"], "seconds": now - self.begin, "tokens": tokens or self.sampled}))  # fmt: skip
+            left = (now - self.resumed) / (state.global_step - self.first) * (state.max_steps - state.global_step)
             say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, left {duration(left)}")
 
         def _sample(self, step: int) -> None:
-            paused = time.perf_counter()
             training = trainer.model.training
             trainer.model.eval()
             texts = _answers(trainer.model, chat, shown, recipe)
             trainer.model.train(training)
-            add_samples(folder, step, shown, texts)
-            self.begin += time.perf_counter() - paused
+            for request, text in zip(shown, texts, strict=True):
+                work.add_sample(step, request[-1]["content"], text)
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Told())
@@ -193,8 +232,8 @@ def _trainer(name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], 
 
     cuda = base.device.type == "cuda"
     options = dict(
-        output_dir=str(folder / ".trainer"), max_steps=steps, per_device_train_batch_size=per_step, bf16=cuda, use_cpu=not cuda,
-        gradient_checkpointing=cuda, logging_steps=1, save_strategy="no", report_to="none", seed=recipe.train.seed, disable_tqdm=True,
+        output_dir=str(folder / TRAINER), max_steps=steps, per_device_train_batch_size=per_step, bf16=cuda, use_cpu=not cuda,
+        gradient_checkpointing=cuda, logging_steps=1, save_strategy="steps", save_steps=recipe.train.checkpoint_every, save_total_limit=1, report_to="none", seed=recipe.train.seed, disable_tqdm=True,
         max_grad_norm=recipe.train.max_grad_norm,
     )  # fmt: skip
     lora = LoraConfig(r=recipe.adapter.rank, lora_alpha=recipe.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -3,11 +3,9 @@ which strength, and whether human preferences agree."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,8 @@ import torch
 
 from iqlite.answers import base_nll, told_answerers
 from iqlite.contrast import superior_answers
-from iqlite.errors import PromptsError
 from iqlite.intervals import Estimate, paired, wilson
-from iqlite.prompts import parse_request
+from iqlite.preferences import Pair, answer_ids
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler
 from iqlite.session import Session
@@ -147,39 +144,6 @@ def verdict(where: Contrast, found: Sequence[Voice], measure: str) -> tuple[bool
     return True, f"Training is likely to help: {best.name} moves {measure} by {best.difference} from the base."
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A request with the answer people chose and the one they rejected."""
-
-    request: Messages
-    chosen: str
-    rejected: str
-
-
-def load_pairs(path: Path) -> list[Pair]:
-    """JSON lines with `prompt` (or `messages`), `chosen` and `rejected` texts; PromptsError with the line that isn't so."""
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptsError(f"--pairs {path} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            request = parse_request(row.get("prompt") or row.get("messages"))
-            chosen, rejected = row["chosen"], row["rejected"]
-        except (ValueError, KeyError, AttributeError):
-            request, chosen, rejected = None, None, None
-        if request is None or not isinstance(chosen, str) or not isinstance(rejected, str):
-            raise PromptsError(f'--pairs {path}: line {number} must look like {{"prompt": …, "chosen": …, "rejected": …}}.')
-        found.append(Pair(request, chosen.strip(), rejected.strip()))
-    if not found:
-        raise PromptsError(f"--pairs {path} holds no pair.")
-    return found
-
-
 RANKINGS = {
     "superior − base, sum": "log π̃ − log π_ref over the answer",
     "superior − base, per token": "the same, a token",
@@ -216,8 +180,7 @@ def _values(
     step = 16
     for at in range(0, len(answers), step):
         part = answers[at : at + step]
-        ids = [chat.tokenizer(text, add_special_tokens=False).input_ids for _, text in part]
-        ids = [[*row, chat.turn_end] if len(row) < longest else row[:longest] for row in ids]  # one that is cut hasn't ended
+        ids = [answer_ids(chat, text, longest) for _, text in part]
         width = max(map(len, ids))
         tokens_BT = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask_BT = torch.arange(width)[None] < torch.tensor([[len(row)] for row in ids])

@@ -34,10 +34,10 @@ RECIPE, ENVIRONMENT, METRICS, SAMPLES, RESULT = "recipe.toml", "environment.json
 
 
 class RunDir:
-    """One run's folder. `create` makes a new one, `RunDir(path)` opens one that exists."""
+    """One run's folder. `create` makes a new one, `RunDir(path)` opens one that exists. `again` is what to do after a full disk."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, again: str = "go on with --resume"):
+        self.path, self.again = path, again
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, environment: Mapping[str, Any], *, force: bool = False) -> RunDir:
@@ -115,15 +115,15 @@ class RunDir:
 
     def add_metrics(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl."""
-        self._append(METRICS, {"step": metrics.step, **json_numbers(metrics.values)})
+        self.append(METRICS, {"step": metrics.step, **json_numbers(metrics.values)})
 
     def add_sample(self, step: int, prompt: str, answer: str) -> None:
         """Appends one held-out answer to samples.jsonl."""
-        self._append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer})
+        self.append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer})
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return list(_lines(self.path / METRICS))
+        return self.lines(METRICS)
 
     def last_step(self) -> int:
         """Step of the last checkpoint; 0 before the first."""
@@ -132,7 +132,7 @@ class RunDir:
 
     def write(self, name: str, text: str) -> None:
         """Puts a command's own file into the run."""
-        with explained(self.path):
+        with explained(self.path, self.again):
             self._write(name, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ class RunDir:
 
     def save_folder(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Lets `write` fill a private folder, then puts it in `folder`'s place."""
-        with explained(self.path):
+        with explained(self.path, self.again):
             making, old = folder.with_name(f".making-{folder.name}"), folder.with_name(f".old-{folder.name}")
             for leftover in (making, old):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -175,25 +175,31 @@ class RunDir:
 
         checkpoints = self._checkpoints()
         if not checkpoints:
-            self._keep_lines(0)
+            self.keep_lines(0)
             return None
         state: dict[str, Any] = json.loads((checkpoints[-1] / "state.json").read_text("utf-8"))
-        self._keep_lines(state["step"])
+        self.keep_lines(state["step"])
         return load_file(checkpoints[-1] / "state.safetensors"), state
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Adds a line to one of the folder's .jsonl files."""
+        with explained(self.path, self.again), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of one of the folder's .jsonl files, [] if it isn't there."""
+        return list(_lines(self.path / name))
+
+    def keep_lines(self, step: int, *names: str) -> None:
+        """Drops the lines of later steps, and one that a kill cut in two."""
+        with explained(self.path, self.again):
+            for name in names or (METRICS, SAMPLES):
+                kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines(name) if line["step"] <= step]
+                if (self.path / name).is_file():
+                    self._write(name, "".join(kept))
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*"))
-
-    def _keep_lines(self, step: int) -> None:
-        with explained(self.path):
-            for name in (METRICS, SAMPLES):
-                if (self.path / name).is_file():
-                    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(self.path / name) if line["step"] <= step]
-                    self._write(name, "".join(kept))
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with explained(self.path), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         making = self.path / f".making-{name}"
@@ -204,6 +210,11 @@ class RunDir:
 def json_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with null for what JSON has no number for: nan and the infinities."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors whose names begin so, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def is_run(path: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ from iqlite.errors import RunError
 from iqlite.monitors import HELD_OUT_KL, Monitors, Verdict
 from iqlite.objectives import advantages
 from iqlite.optimizer import apply_update, learning_rate, load_state_of, make_optimizer, state_of
-from iqlite.records import Prompts, Rollout, StepMetrics, SuperiorScores
-from iqlite.rundir import RunDir
+from iqlite.records import Rollout, StepMetrics, SuperiorScores
+from iqlite.rundir import RunDir, part
 from iqlite.session import Session
 from iqlite.superior import batches as in_batches
 from iqlite.superior import read
@@ -211,8 +211,8 @@ def row_tokens(session: Session, rollout: Rollout, row: int) -> int:
     return len(rollout.prompt_ids[row]) + int(rollout.mask_BT[row].sum()) - len(session.chat.shared())
 
 
-def prompts_of_step(prompts: Prompts, step: int, count: int, seed: int) -> list[int]:
-    """Prompt numbers of a step (1-based): each pass over the set is its own permutation, a function of (seed, pass) alone."""
+def prompts_of_step(prompts: Sized, step: int, count: int, seed: int) -> list[int]:
+    """Prompt (or pair) numbers of a step (1-based): each pass over the set is its own permutation, a function of (seed, pass) alone."""
     chosen: list[int] = []
     at = (step - 1) * count
     while len(chosen) < count:
@@ -338,15 +338,12 @@ def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -
         return 0, monitors, None
     tensors, state = found
 
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    if not part("adapter."):
+    if not part(tensors, "adapter."):
         raise RunError(f"{run.path}: its last checkpoint holds no adapter; delete that checkpoint's folder and resume from the one before.")
-    session.policy.load_state(part("adapter."))
+    session.policy.load_state(part(tensors, "adapter."))
     if session.recipe.superior.weights == "ema":
-        session.policy.load_state(part("ema."), "ema")
-    load_state_of(optimizer, part("optimizer."), state["optimizer"])
+        session.policy.load_state(part(tensors, "ema."), "ema")
+    load_state_of(optimizer, part(tensors, "optimizer."), state["optimizer"])
     session.policy.loss_scale = state["loss_scale"]
     session.sizes.restore(state.get("sizes", {}))
     return state["step"] + 1, Monitors.restore(state["monitors"]), state["stopped"]

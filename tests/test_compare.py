@@ -13,7 +13,10 @@ import torch
 
 from iqlite.answers import Answerer, base_nll, collect
 from iqlite.baselines import Value, gae, rewards
+from iqlite.contenders import baseline
 from iqlite.contrast import superior_answers
+from iqlite.peers import _given
+from iqlite.preferences import load_pairs
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
 from iqlite.session import Session, open_session
@@ -133,6 +136,60 @@ def test_a_baseline_trains_under_the_run_s_recipe_and_is_kept(
     before = (folder / "baseline.json").stat().st_mtime_ns
     assert iqlite("compare", run.path, "--with", method, "--json", "--seeds", "1")[0] == 0
     assert (folder / "baseline.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "sdft", "ppo"])
+def test_an_interrupted_baseline_goes_on_to_the_same_end(make_run: Callable[..., RunDir], method: str) -> None:
+    train = {"steps": 5, "checkpoint_every": 2, "eval_every": 1}
+    whole, cut = make_run("whole", superior=SHARP, train=train), make_run("cut", superior=SHARP, train=train)
+    expected = baseline(whole, method, lambda text: None)
+    for at in ("step 2 of", "step 3/", "step 5/"):  # while sampling, between checkpoints, at the end
+
+        def say(text: str, at: str = at) -> None:
+            if at in text:
+                raise KeyboardInterrupt
+
+        if method in ("sft", "dpo") or "/" in at:
+            with pytest.raises(KeyboardInterrupt):
+                baseline(cut, method, say)
+    assert not (cut.path / "baselines" / method).exists()
+    said: list[str] = []
+    found = baseline(cut, method, said.append)
+    assert not any("step 2" in text for text in said)
+    assert (found / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()
+    assert (found / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    for name in ("step", "tokens"):
+        assert [line[name] for line in RunDir(found).metrics()] == [line[name] for line in RunDir(expected).metrics()]
+    seconds = [line["seconds"] for line in RunDir(found).metrics()]
+    assert seconds == sorted(seconds)
+    assert {path.name for path in found.parent.iterdir()} == {method}
+
+
+def test_dpo_learns_from_a_user_s_pairs(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
+    run = make_run(superior=SHARP)
+    rows = [{"prompt": f"Question {n}?", "chosen": "Yes. " * (n + 1), "rejected": "No, never again. " * 4} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--seeds", "1", "--no-safety", "--pairs", "pairs.jsonl"]
+    code, out, err = iqlite("compare", run.path, "--with", "dpo", "--json", *options)
+    assert code == 0, err
+    assert "dpo (pairs.jsonl)" in [m["name"] for m in json.loads(out)["measures"]]
+    (folder,) = (run.path / "baselines").glob("dpo-*")
+    assert json.loads((folder / "baseline.json").read_text())["pairs"] == "pairs.jsonl"
+    session = open_session(run.recipe(), placement="system")
+    given, tokens = _given(session, load_pairs(tmp_path / "pairs.jsonl"), 6)
+    longest = run.recipe().rollout.max_new_tokens
+    texts = sorted(session.chat.tokenizer.decode(row["prompt_ids"]) for row in given)
+    assert texts[::2] == texts[1::2] and len(set(texts)) == 3  # two passes, every pair once in each
+    assert all("Question" in text for text in texts)
+    for row in given:
+        for side in ("chosen_ids", "rejected_ids"):
+            assert len(row[side]) <= longest and (row[side][-1] == session.chat.turn_end) == (len(row[side]) < longest)
+    assert tokens == sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in given)
+    code, _, err = iqlite("compare", run.path, "--with", "sft", *options)
+    assert code == 2 and "add --with dpo" in err and err.count("\n") == 1
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hi?"}\n')
+    code, _, err = iqlite("compare", run.path, "--with", "dpo", *options)
+    assert code == 2 and "line 1" in err and err.count("\n") == 1
 
 
 def test_gae_is_its_definition() -> None:

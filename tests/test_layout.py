@@ -15,7 +15,7 @@ LEVELS = (
     ("hub", "estimators", "objectives", "architectures", "identity"),
     ("recipe", "gguf_files"),
     ("rundir", "prompts", "monitors", "base", "judges", "judging", "linear", "keyvalues", "sizes", "memory"),
-    ("chunked", "terminal", "fit", "timing", "merging", "gguf_metadata", "ollama", "card", "curves"),
+    ("chunked", "terminal", "fit", "timing", "merging", "gguf_metadata", "ollama", "card", "curves", "preferences"),
     ("policy", "gguf_writing"),
     ("rollout", "optimizer"),
     ("superior",),

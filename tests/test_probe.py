@@ -12,7 +12,8 @@ import tomli_w
 import torch
 
 from iqlite.curves import Point, of_run, until
-from iqlite.probing import Pair, lint, ranks
+from iqlite.preferences import Pair
+from iqlite.probing import lint, ranks
 from iqlite.recipe import Recipe, to_data
 from iqlite.rundir import RunDir
 from iqlite.session import Session

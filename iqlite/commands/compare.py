@@ -49,7 +49,7 @@ JUDGEMENTS = "judgements.jsonl"
 
 def run(
     runs: Sequence[Path], *, seeds: int, temperature: float, top_p: float, prompts: Path | None, count: int | None, adapter: str,
-    others: Sequence[str], judge: str | None, safety: bool, safety_set: Path | None, as_json: bool, console: Console,
+    others: Sequence[str], pairs: Path | None, judge: str | None, safety: bool, safety_set: Path | None, as_json: bool, console: Console,
 ) -> int:  # fmt: skip
     """Answers, measures, prints, and writes compare.json into the first run; returns the exit code."""
     run_dir = RunDir.open(runs[0])
@@ -60,14 +60,16 @@ def run(
     other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in MEASURES else None
     items = load_items(safety_set) if safety else []
     given = load_asked(prompts) if prompts else None
-    check_methods(others)
+    check_methods(others, pairs)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
     if "superior" in others:
         check_heard(recipe)
     baselines = [name for name in others if name in BASELINES]
     for name in baselines:  # each with the base in memory, before the comparison's own
-        more[name] = baseline(run_dir, name, lambda text: console.print(f"[dim]{text}[/]"))
+        learns_from = pairs if name == "dpo" else None
+        shown = f"{name} ({learns_from.name})" if learns_from else name
+        more[shown] = baseline(run_dir, name, lambda text: console.print(f"[dim]{text}[/]"), learns_from)
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     room = room_of(recipe, session.chat, session.policy.base)

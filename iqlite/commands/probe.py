@@ -14,7 +14,8 @@ from rich.progress import Progress
 from iqlite.contrast import check_heard
 from iqlite.intervals import Estimate
 from iqlite.judges import MEASURES
-from iqlite.probing import RANKINGS, STRENGTHS, contrast, lint, load_pairs, ranks, suggested, verdict, voices
+from iqlite.preferences import load_pairs
+from iqlite.probing import RANKINGS, STRENGTHS, contrast, lint, ranks, suggested, verdict, voices
 from iqlite.recipe import load_recipe
 from iqlite.rollout import Sampler
 from iqlite.session import open_session, within_memory

@@ -27,7 +27,7 @@ CHOICES: dict[str, list[object]] = {
     "superior.estimator": ["contrastive", "prompted", "adapter", "mixture"],
     "superior.weights": ["base", "policy", "ema"],
     "objective.name": ["full-kl", "squared", "policy-gradient", "prob-squared", "forward-kl"],
-    "superior.strength": [3.0, 1.0, 2.0, 5.0],
+    "superior.strength": [4.0, 1.0, 2.0, 8.0],
     "superior.clip": [5.0, 1.0, 2.0, 100.0],
     "superior.plausibility": [1e-4, 0.0, 1e-2, 1e-1],
 }
