@@ -22,7 +22,7 @@ from iqlite.records import Messages, Rollout, StepMetrics, SuperiorScores
 from iqlite.rundir import RunDir, part
 from iqlite.session import Session
 from iqlite.superior import read
-from iqlite.train import backward, micro_batches, policy_states, prompts_of_step, spread
+from iqlite.train import backward, micro_batches, policy_states, prompts_of_step, restore, snapshot, spread
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
 VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; ours
@@ -140,6 +140,8 @@ def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str,
             for rows in micro_batches(session, rollout):
                 backward(acting, rollout, scores, rows, count, logp_BT, advantage_BT)
             norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
+            if recipe.superior.weights == "ema":
+                policy.update_ema(recipe.superior.ema_rate)
         optimizer.zero_grad(set_to_none=True)
         error = value.fit(hidden_BTD[mask_BT], return_BT[mask_BT])
         tokens += count
@@ -164,11 +166,10 @@ def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str,
 
 
 def _checkpoint(session: Session, work: RunDir, optimizer: Any, value: Value, step: int, tokens: int, seconds: float) -> None:
-    (moments, numbers), (value_moments, value_numbers) = state_of(optimizer), state_of(value.optimizer)
-    groups = {"adapter": session.policy.state(), "optimizer": moments, "value": value.linear.state_dict(), "values": value_moments}
-    tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
-    state = {"optimizer": numbers, "values": value_numbers, "loss_scale": session.policy.loss_scale, "sizes": session.sizes.record()}
-    work.save_checkpoint(step, tensors, {**state, "tokens": tokens, "seconds": seconds})
+    (tensors, state), (moments, numbers) = snapshot(session, optimizer), state_of(value.optimizer)
+    tensors |= {f"value.{name}": tensor for name, tensor in value.linear.state_dict().items()}
+    tensors |= {f"values.{name}": tensor for name, tensor in moments.items()}
+    work.save_checkpoint(step, tensors, {**state, "values": numbers, "tokens": tokens, "seconds": seconds})
 
 
 def _resume(session: Session, work: RunDir, optimizer: Any, value: Value) -> tuple[int, int, float]:
@@ -177,10 +178,7 @@ def _resume(session: Session, work: RunDir, optimizer: Any, value: Value) -> tup
     if found is None:
         return 0, 0, 0.0
     tensors, state = found
-    session.policy.load_state(part(tensors, "adapter."))
-    load_state_of(optimizer, part(tensors, "optimizer."), state["optimizer"])
+    restore(session, optimizer, tensors, state)
     value.linear.load_state_dict(part(tensors, "value."))
     load_state_of(value.optimizer, part(tensors, "values."), state["values"])
-    session.policy.loss_scale = state["loss_scale"]
-    session.sizes.restore(state["sizes"])
     return state["step"], state["tokens"], state["seconds"]

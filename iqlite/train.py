@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -318,17 +318,30 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _checkpoint(session: Session, run: RunDir, optimizer: Any, monitors: Monitors, step: int, why: str | None) -> None:
-    """Everything an exact resume needs: adapter, average, optimizer, monitors. Noise and data order are functions of the step."""
-    tensors = {f"adapter.{k}": v for k, v in session.policy.state().items()}
-    if session.recipe.superior.weights == "ema":
-        tensors |= {f"ema.{k}": v for k, v in session.policy.state("ema").items()}
+def snapshot(session: Session, optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, state) of adapter, average, optimizer, loss scale and widths, for an exact resume. Noise and data order are functions of the step."""
     moments, numbers = state_of(optimizer)
-    tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
+    groups = {"adapter": session.policy.state(), "optimizer": moments}
+    if session.recipe.superior.weights == "ema":
+        groups["ema"] = session.policy.state("ema")
+    tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+    return tensors, {"optimizer": numbers, "loss_scale": session.policy.loss_scale, "sizes": session.sizes.record()}
+
+
+def restore(session: Session, optimizer: Any, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    """Puts back what `snapshot` took."""
+    session.policy.load_state(part(tensors, "adapter."))
+    if session.recipe.superior.weights == "ema":
+        session.policy.load_state(part(tensors, "ema."), "ema")
+    load_state_of(optimizer, part(tensors, "optimizer."), state["optimizer"])
+    session.policy.loss_scale = state["loss_scale"]
+    session.sizes.restore(state.get("sizes", {}))
+
+
+def _checkpoint(session: Session, run: RunDir, optimizer: Any, monitors: Monitors, step: int, why: str | None) -> None:
+    tensors, state = snapshot(session, optimizer)
     stopped = None if why in (None, "interrupted") else why
-    run.save_checkpoint(
-        step, tensors, {"optimizer": numbers, "loss_scale": session.policy.loss_scale, "monitors": monitors.state(), "stopped": stopped, "sizes": session.sizes.record()},
-    )  # fmt: skip
+    run.save_checkpoint(step, tensors, {**state, "monitors": monitors.state(), "stopped": stopped})
 
 
 def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -> tuple[int, Monitors, str | None]:
@@ -337,13 +350,7 @@ def _resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -
     if found is None:
         return 0, monitors, None
     tensors, state = found
-
     if not part(tensors, "adapter."):
         raise RunError(f"{run.path}: its last checkpoint holds no adapter; delete that checkpoint's folder and resume from the one before.")
-    session.policy.load_state(part(tensors, "adapter."))
-    if session.recipe.superior.weights == "ema":
-        session.policy.load_state(part(tensors, "ema."), "ema")
-    load_state_of(optimizer, part(tensors, "optimizer."), state["optimizer"])
-    session.policy.loss_scale = state["loss_scale"]
-    session.sizes.restore(state.get("sizes", {}))
+    restore(session, optimizer, tensors, state)
     return state["step"] + 1, Monitors.restore(state["monitors"]), state["stopped"]

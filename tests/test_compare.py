@@ -140,8 +140,8 @@ def test_a_baseline_trains_under_the_run_s_recipe_and_is_kept(
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "sdft", "ppo"])
 def test_an_interrupted_baseline_goes_on_to_the_same_end(make_run: Callable[..., RunDir], method: str) -> None:
-    train = {"steps": 5, "checkpoint_every": 2, "eval_every": 1}
-    whole, cut = make_run("whole", superior=SHARP, train=train), make_run("cut", superior=SHARP, train=train)
+    train, superior = {"steps": 5, "checkpoint_every": 2, "eval_every": 1}, {**SHARP, "weights": "ema"}
+    whole, cut = make_run("whole", superior=superior, train=train), make_run("cut", superior=superior, train=train)
     expected = baseline(whole, method, lambda text: None)
     for at in ("step 2 of", "step 3/", "step 5/"):  # while sampling, between checkpoints, at the end
 
