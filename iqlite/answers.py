@@ -110,7 +110,8 @@ def _digest(session: Session, who: Answerer, requests: Sequence[Messages], sampl
     recipe = session.recipe
     told = asdict(who.description) if who.description else None
     superior = [recipe.behavior.model_dump(), recipe.superior.model_dump(), session.placement] if who.role == "superior" else None
-    base = [session.policy.base.identity.weights, recipe.model.quantization]
+    of = session.policy.base
+    base = [of.identity.weights, recipe.model.quantization, str(of.compute_dtype), session.chat.template]
     role = "adapter" if who.of else who.role  # whichever place it has on the command line
     data = [role, told, who.of, superior, base, requests, asdict(replace(sampler, seed=0))]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]

@@ -188,6 +188,14 @@ def open_session(
     notes = []
     if chat.default_template:
         notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
+    if policy.rank != recipe.adapter.rank:
+        notes.append(
+            f"the adapter that this goes on from has rank {policy.rank}: adapter.rank = {recipe.adapter.rank} and alpha aren't used."
+        )
+    if seen := len({*map(json.dumps, train.requests)} & {*map(json.dumps, held_out.requests)}):
+        notes.append(
+            f"{seen} of {len(held_out)} held-out prompts (prompts.eval) are trained on too: what is measured on them says less of new ones."
+        )
     room = room_of(recipe, chat, base)
     train = chat.shorten(train, room, name_of(recipe.prompts.train), key + "train")
     held_out = chat.shorten(held_out, room, name_of(recipe.prompts.eval or recipe.prompts.train), key + "eval")

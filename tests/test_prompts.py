@@ -15,6 +15,7 @@ from iqlite.errors import PromptsError
 from iqlite.prompts import Chat, Description, hold_back, load_prompts, parse_request
 from iqlite.recipe import HubPrompts
 from iqlite.records import Messages, Prompts
+from iqlite.rundir import RunDir
 from iqlite.session import Session
 from tests.tiny import TEMPLATES, make_tokenizer
 
@@ -98,6 +99,18 @@ def test_a_template_that_refuses_the_system_turn_is_said(make_session: Callable[
     session = make_session(model={"base": str(tiny("llama", "none"))})
     assert any("has no chat template" in note for note in session.notes)
     assert not any("template" in note for note in make_session().notes)
+
+
+def test_what_a_recipe_says_in_vain_is_said(make_session: Callable[..., Session], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
+    assert not any("rank" in note or "trained on" in note for note in make_session().notes)
+    run = make_run()
+    session = make_session(adapter={"rank": 7, "start": str(run.adapter)}, model={"base": run.recipe().model.base})
+    assert any(f"rank {run.recipe().adapter.rank}: adapter.rank = 7" in note for note in session.notes)
+    rows = [{"prompt": text} for text in ("One?", "Two?", "Three?")]
+    for name, few in (("train", rows), ("eval", [*rows[1:], {"prompt": "Four?"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    session = make_session(prompts={"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")})
+    assert any("2 of 3 held-out prompts (prompts.eval) are trained on too" in note for note in session.notes)
 
 
 def test_auto_takes_the_placement_that_moves_the_base_more(make_session: Callable[..., Session]) -> None:
