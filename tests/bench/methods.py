@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from iqlite.curves import Point, until
 
 OUT = Path("runs/bench/methods")
 METHODS = {"cheerful": "superior,sft,dpo,ppo,sdft", "concise": "superior,dpo,sdft"}
-EVERY = {"cheerful": 4, "concise": 3}
+EVERY = {"cheerful": 4, "concise": 6}
+UNTRAINED = ("base-", "told-", "superior-")  # whose answers are the same for every training seed
 
 
 def run(task: str, seed: int) -> tuple[dict[str, Any], dict[str, list[Point]]]:
@@ -35,6 +37,10 @@ def run(task: str, seed: int) -> tuple[dict[str, Any], dict[str, list[Point]]]:
         words = [part for setting in settings for part in ("--set", setting)]
         resume = ["--resume"] if path.exists() else []
         subprocess.run([*command, "train", f"recipes/{task}-135m.toml", "--out", str(path), *words, *resume], check=True)
+    (path / "answers").mkdir(exist_ok=True)
+    for file in OUT.glob(f"{task}-*/answers/*.jsonl"):
+        if file.name.startswith(UNTRAINED) and not (path / "answers" / file.name).exists():
+            shutil.copy(file, path / "answers")
     compare = [*command, "compare", str(path), "--seeds", "1", "--json"]
     done = subprocess.run([*compare, "--no-safety", "--with", METHODS[task]], check=True, stdout=subprocess.PIPE, text=True)
     curves = json.loads(subprocess.run([*compare, "--checkpoints"], check=True, stdout=subprocess.PIPE, text=True).stdout)["curves"]
@@ -59,7 +65,7 @@ def table(task: str, found: list[tuple[dict[str, Any], dict[str, list[Point]]]])
     first = found[0][0]
     names = [measure["name"] for measure in first["measures"]]
     lines = [f"### {task}, {len(found)} training seed{'s' * (len(found) > 1)}, {first['prompts']} held-out prompts", ""]
-    head = [first["measure"], "words", "wins of iqlite against it, %", "Elo", "base nats", "distinct-2", "sampled tokens", "minutes", "at equal time", "until 90 %"]  # fmt: skip
+    head = [first["measure"], "words", "wins of iqlite against it, %", "Elo", "base nats", "distinct-2", "sampled tokens", "minutes", "of iqlite's time", "at equal time", "until 90 %"]  # fmt: skip
     lines += [f"| | {' | '.join(head)} |", "|" + " --- |" * (len(head) + 1)]
     for name in names:
         measures = [next(m for m in result["measures"] if m["name"] == name) for result, _ in found]
@@ -74,18 +80,20 @@ def table(task: str, found: list[tuple[dict[str, Any], dict[str, list[Point]]]])
         ]
         curves = [curve[name] for _, curve in found if name in curve]
         if curves:
+            mine = [curve["trained"][-1].seconds for _, curve in found if name in curve]
             fastest = [min(points[-1].seconds for points in curve.values()) for _, curve in found if name in curve]
             reached = [point for point in map(until, curves) if point is not None]
             cells += [
                 spread([points[-1].tokens for points in curves], "{:.0f}"),
                 spread([points[-1].seconds / 60 for points in curves], "{:.1f}"),
+                spread([points[-1].seconds / own for points, own in zip(curves, mine, strict=True)], "{:.2f}"),
                 spread([at_time(points, limit) for points, limit in zip(curves, fastest, strict=True)], "{:.3f}"),
                 f"{spread([p.tokens for p in reached], '{:.0f}')} tokens, {spread([p.seconds / 60 for p in reached], '{:.1f}')} min"
                 if reached
                 else "nothing gained",
             ]
         else:
-            cells += [""] * 4
+            cells += [""] * 5
         lines.append(f"| {'**iqlite**' if name == 'trained' else name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -101,7 +109,7 @@ def main() -> None:
         for task in args.tasks:
             found[task].append(run(task, seed))
             text = "\n\n".join(table(name, results) for name, results in found.items() if results)
-            (OUT / "methods.md").write_text(text + "\n", "utf-8")
+            (OUT / f"{'-'.join(args.tasks)}.md").write_text(text + "\n", "utf-8")
             print(text, flush=True)
 
 
