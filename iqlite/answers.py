@@ -124,7 +124,7 @@ def _file_name(name: str) -> str:
 def _read(path: Path) -> list[Answer]:
     found: list[Answer] = []
     if path.is_file():
-        for line in path.read_text("utf-8").split("\n"):
+        for line in path.read_bytes().split(b"\n"):
             try:
                 found += [Answer(**json.loads(line))] if line else []
             except (ValueError, TypeError):  # the line that a kill cut in two

@@ -116,7 +116,8 @@ def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str,
             work.add_sample(step, request[-1]["content"], session.chat.text(rollout.response_ids(row)))
 
     done, tokens, seconds = _resume(session, work, optimizer, value)
-    if done == 0:
+    if done < 0:
+        done = 0
         sample(0)
         _checkpoint(session, work, optimizer, value, 0, 0, 0.0)
     begin = time.perf_counter() - seconds
@@ -173,10 +174,10 @@ def _checkpoint(session: Session, work: RunDir, optimizer: Any, value: Value, st
 
 
 def _resume(session: Session, work: RunDir, optimizer: Any, value: Value) -> tuple[int, int, float]:
-    """(steps done, tokens sampled, seconds)."""
+    """(steps done, tokens sampled, seconds); −1 steps if nothing is there yet."""
     found = work.load_checkpoint()
     if found is None:
-        return 0, 0, 0.0
+        return -1, 0, 0.0
     tensors, state = found
     restore(session, optimizer, tensors, state)
     value.linear.load_state_dict(part(tensors, "value."))

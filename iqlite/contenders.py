@@ -10,7 +10,7 @@ from pathlib import Path
 
 from iqlite.baselines import train_ppo
 from iqlite.errors import RunError
-from iqlite.peers import TRAINER, TRL, check_trl, train_by_trl
+from iqlite.peers import ROWS, TRAINER, TRL, check_trl, train_by_trl
 from iqlite.preferences import load_pairs
 from iqlite.rundir import RunDir, explained
 from iqlite.session import open_session, within_memory
@@ -19,6 +19,11 @@ from iqlite.terminal import duration
 BASELINES = (*TRL, "ppo")
 METHODS = ("prompting", "superior", *BASELINES)
 RECORD = "baseline.json"
+
+
+def shown(method: str, pairs: str | None) -> str:
+    """How a comparison names a baseline: DPO on a user's pairs with their file."""
+    return f"{method} ({pairs})" if pairs else method
 
 
 def check_methods(names: Sequence[str], pairs: Path | None = None) -> None:
@@ -48,18 +53,20 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
     recipe, placement = run.recipe(), run.environment()["placement"]
     work = RunDir(folder.with_name(f".unfinished-{folder.name}"), "compare again")
     with within_memory(recipe, "in that file, and compare again"), explained(run.path, work.again):
-        work.path.mkdir(parents=True, exist_ok=True)
-        if name == "ppo":
-            session = open_session(recipe, placement=placement, say=say)
+        if not (work.path / RECORD).is_file():
+            work.path.mkdir(parents=True, exist_ok=True)
+            if name == "ppo":
+                session = open_session(recipe, placement=placement, say=say)
 
-            def step(at: int, total: int, values: dict[str, float]) -> None:
-                say(f"ppo: step {at}/{total}, return {values['return']:+.3f}, left {duration(values['seconds'] / at * (total - at))}")
+                def step(at: int, total: int, values: dict[str, float]) -> None:
+                    say(f"ppo: step {at}/{total}, return {values['return']:+.3f}, left {duration(values['seconds'] / at * (total - at))}")
 
-            record = train_ppo(session, work, step)
-        else:
-            record = train_by_trl(name, recipe, placement, work, say, given)
-        work.write(RECORD, json.dumps({"method": name, **({"pairs": pairs.name} if pairs else {}), **record}, indent=2) + "\n")
-        for leftover in ("checkpoints", TRAINER):
-            shutil.rmtree(work.path / leftover, ignore_errors=True)
+                record = train_ppo(session, work, step)
+            else:
+                record = train_by_trl(name, recipe, placement, work, say, given)
+            work.write(RECORD, json.dumps({"method": name, **({"pairs": pairs.name} if pairs else {}), **record}, indent=2) + "\n")
         work.path.rename(folder)
+        for leftover in ("checkpoints", TRAINER):
+            shutil.rmtree(folder / leftover, ignore_errors=True)
+        (folder / ROWS).unlink(missing_ok=True)
     return folder

@@ -7,6 +7,7 @@ pairs; SDFT distils the told base into the policy's own answers. What SFT and DP
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +29,7 @@ from iqlite.terminal import duration
 from iqlite.train import prompts_of_step
 
 TRL = ("sft", "dpo", "sdft")
-ROWS, TRAINER = (
-    "rows.jsonl",
-    "trainer",
-)  # what is sampled beforehand, and TRL's own checkpoints, in the folder of a baseline that isn't finished
+ROWS, TRAINER = "rows.jsonl", "trainer"  # while a baseline isn't finished: what is sampled beforehand, and TRL's own checkpoints
 DPO_BETA = 0.1  # TRL's and the paper's default (arXiv 2305.18290)
 DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-level objectives; ours
 
@@ -54,6 +52,7 @@ def train_by_trl(
     if recipe.adapter.start is not None:
         raise RunError(f"{recipe.path}: --with {name} can't go on from adapter.start, as this run did; compare a run without it.")
     rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, work, say, pairs)
+    gc.collect()  # the session's base before another is loaded: its layers are in reference cycles
     base = load_base(
         recipe.model.base,
         recipe.model.quantization,
@@ -67,10 +66,9 @@ def train_by_trl(
     trainer = _trainer(name, recipe, base, rows, work.path, per_step=_per_step(name, recipe), steps=steps)
     if name == "sdft" and wanted:  # the description where the run has it, with its demonstrations
         trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, _: [dict(t) for t in chat.describe(tuple(prompt), wanted)]
-    _as_iqlite_learns(trainer, recipe, rate, steps, base.device.type == "cpu")
+    _as_iqlite_learns(trainer, recipe, rate, steps)
     _watch(trainer, name, work, chat, shown, recipe, sampled, float(tokens), say)
-    whole = sorted((file.parent for file in (work.path / TRAINER).glob("checkpoint-*/trainer_state.json")), key=lambda p: int(p.name[11:]))
-    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work.path / TRAINER))
     trainer.model.save_pretrained(str(work.path), selected_adapters=["default"])
     base.identity.write(work.path)
     last = work.metrics()[-1]
@@ -97,6 +95,11 @@ def _rows(
         raise RunError(f"{recipe.path}: --with {name} needs a described behaviour, and estimator {recipe.superior.estimator!r} has none.")
     if pairs:
         rows, tokens, seconds = *_given(session, pairs, steps * _per_step("dpo", recipe)), 0.0
+        same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
+        cut = sum(row[side][-1] != session.chat.turn_end for row in rows for side in ("chosen_ids", "rejected_ids"))
+        say(
+            f"dpo learns from {len(rows)} pairs: {cut} answers are cut at rollout.max_new_tokens = {recipe.rollout.max_new_tokens}, {same} pairs are alike"
+        )
     else:
         rows, tokens, seconds = _sampled(name, session, steps, work, say)
     return rows, tokens, steps, eval_prompts(session), seconds, wanted
@@ -156,12 +159,26 @@ def _given(session: Session, pairs: Sequence[Pair], count: int) -> tuple[list[di
     return rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
 
 
-def _as_iqlite_learns(trainer: Any, recipe: Recipe, rate: float, steps: int, cpu: bool) -> None:
-    """The same optimizer and the same rate at every step as a run has; a trainer's own starts at 0 and ends at 0."""
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last one that is whole: a trainer writes its state last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def _as_iqlite_learns(trainer: Any, recipe: Recipe, rate: float, steps: int) -> None:
+    """The same optimizer and the same rate at every step as a run has; a trainer's own starts at 0 and ends at 0.
+
+    float32 parameters, as a run's: TRL makes them bfloat16 over a 4-bit base, and PEFT, when it loads a checkpoint into such, puts new
+    ones in their place that the optimizer doesn't know.
+    """
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    if cpu:  # some trainers make adapters bfloat16 over a 4-bit base
-        for parameter in parameters:
-            parameter.data = parameter.data.float()
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
     trainer.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0)
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
         trainer.optimizer,
@@ -175,7 +192,7 @@ def _watch(trainer: Any, name: str, work: RunDir, chat: Chat, shown: Sequence[Me
 
     class Told(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            work.keep_lines(state.global_step)
+            work.keep_lines(state.global_step or -1)
             last = (work.metrics() or [{"seconds": spent, "tokens": 0.0}])[-1]
             self.sampled, self.first = last["tokens"], state.global_step
             if state.global_step == 0:
@@ -193,10 +210,13 @@ def _watch(trainer: Any, name: str, work: RunDir, chat: Chat, shown: Sequence[Me
             if "loss" not in (logs or {}):
                 return
             self.sampled += (logs or {}).get("completions/mean_length", 0.0) * recipe.rollout.prompts_per_step
-            now = time.perf_counter()
+            now = self.logged = time.perf_counter()
             work.add_metrics(StepMetrics(state.global_step, {"loss": logs["loss"], "seconds": now - self.begin, "tokens": tokens or self.sampled}))  # fmt: skip
             left = (now - self.resumed) / (state.global_step - self.first) * (state.max_steps - state.global_step)
             say(f"{name} by TRL: step {state.global_step}/{state.max_steps}, left {duration(left)}")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # a run's clock doesn't count it either
+            self.begin += time.perf_counter() - self.logged
 
         def _sample(self, step: int) -> None:
             training = trainer.model.training

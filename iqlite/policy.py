@@ -69,6 +69,11 @@ class Policy:
         """Rank of the trained LoRA; an adapter that was started from brings its own."""
         return int(self.model.peft_config[TRAINED].r)
 
+    @property
+    def alpha(self) -> float:
+        """Scale of the trained LoRA, likewise."""
+        return float(self.model.peft_config[TRAINED].lora_alpha)
+
     @contextmanager
     def acting_as(self, role: str, *, folded: bool = False) -> Iterator[None]:
         """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients.

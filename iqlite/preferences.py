@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iqlite.errors import PromptsError
-from iqlite.prompts import Chat, parse_request
+from iqlite.prompts import Chat, is_text, parse_request
 from iqlite.records import Messages
 
 
@@ -34,9 +34,9 @@ def load_pairs(path: Path) -> list[Pair]:
             row = json.loads(line)
             request = parse_request(row.get("prompt") or row.get("messages"))
             chosen, rejected = row["chosen"], row["rejected"]
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, RecursionError):
             request, chosen, rejected = None, None, None
-        if request is None or not isinstance(chosen, str) or not isinstance(rejected, str):
+        if request is None or not all(isinstance(text, str) and is_text(text) for text in (chosen, rejected)):
             raise PromptsError(f'--pairs {path}: line {number} must look like {{"prompt": …, "chosen": …, "rejected": …}}.')
         found.append(Pair(request, chosen.strip(), rejected.strip()))
     if not found:

@@ -228,12 +228,12 @@ def parse_request(value: Any) -> Messages | None:
     body = roles[1:] if roles[:1] == ["system"] else roles
     if not body or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(body)) or body[-1] != "user":
         return None
-    if not all(isinstance(turn["content"], str) and _is_text(turn["content"]) for turn in turns):
+    if not all(isinstance(turn["content"], str) and is_text(turn["content"]) for turn in turns):
         return None
     return tuple({"role": turn["role"], "content": turn["content"].strip()} for turn in turns)
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """False for half a surrogate pair, which JSON can spell and no tokenizer can read."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 

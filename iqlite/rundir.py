@@ -175,7 +175,7 @@ class RunDir:
 
         checkpoints = self._checkpoints()
         if not checkpoints:
-            self.keep_lines(0)
+            self.keep_lines(-1)
             return None
         state: dict[str, Any] = json.loads((checkpoints[-1] / "state.json").read_text("utf-8"))
         self.keep_lines(state["step"])
@@ -304,7 +304,9 @@ def explained(path: Path, again: str = "go on with --resume") -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's own way to say it
+            raise
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             raise RunError(f"{path}: no space left on its disk: free some space, then {again}.") from None
         raise RunError(
@@ -320,7 +322,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
-        for line in path.read_text("utf-8").split("\n"):  # splitlines would also split where a model wrote U+2028
+        for line in path.read_bytes().split(b"\n"):  # splitlines would also split where a model wrote U+2028
             try:
                 if line:
                     yield json.loads(line)

@@ -188,9 +188,9 @@ def open_session(
     notes = []
     if chat.default_template:
         notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
-    if policy.rank != recipe.adapter.rank:
+    if (has := (policy.rank, policy.alpha)) != (asked := (recipe.adapter.rank, recipe.adapter.alpha)):
         notes.append(
-            f"the adapter that this goes on from has rank {policy.rank}: adapter.rank = {recipe.adapter.rank} and alpha aren't used."
+            f"the adapter that this goes on from has rank {has[0]} and alpha {has[1]:g}: adapter.rank = {asked[0]} and adapter.alpha = {asked[1]:g} aren't used."
         )
     if seen := len({*map(json.dumps, train.requests)} & {*map(json.dumps, held_out.requests)}):
         notes.append(

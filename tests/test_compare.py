@@ -139,11 +139,13 @@ def test_a_baseline_trains_under_the_run_s_recipe_and_is_kept(
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "sdft", "ppo"])
-def test_an_interrupted_baseline_goes_on_to_the_same_end(make_run: Callable[..., RunDir], method: str) -> None:
+def test_an_interrupted_baseline_goes_on_to_the_same_end(
+    make_run: Callable[..., RunDir], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, superior = {"steps": 5, "checkpoint_every": 2, "eval_every": 1}, {**SHARP, "weights": "ema"}
     whole, cut = make_run("whole", superior=superior, train=train), make_run("cut", superior=superior, train=train)
     expected = baseline(whole, method, lambda text: None)
-    for at in ("step 2 of", "step 3/", "step 5/"):  # while sampling, between checkpoints, at the end
+    for at in ("step 2 of", "step 1/", "step 3/", "step 5/"):  # while sampling, before the first checkpoint, between two, at the end
 
         def say(text: str, at: str = at) -> None:
             if at in text:
@@ -152,10 +154,22 @@ def test_an_interrupted_baseline_goes_on_to_the_same_end(make_run: Callable[...,
         if method in ("sft", "dpo") or "/" in at:
             with pytest.raises(KeyboardInterrupt):
                 baseline(cut, method, say)
-    assert not (cut.path / "baselines" / method).exists()
     said: list[str] = []
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.name == method:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        baseline(cut, method, said.append)
+    assert said and not any("step 2" in text for text in said)
+    assert not (cut.path / "baselines" / method).exists()
+    said.clear()
     found = baseline(cut, method, said.append)
-    assert not any("step 2" in text for text in said)
+    assert not said  # all was there but the name
     assert (found / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()
     assert (found / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
     for name in ("step", "tokens"):
@@ -184,12 +198,14 @@ def test_dpo_learns_from_a_user_s_pairs(iqlite: Callable[..., Any], make_run: Ca
     for row in given:
         for side in ("chosen_ids", "rejected_ids"):
             assert len(row[side]) <= longest and (row[side][-1] == session.chat.turn_end) == (len(row[side]) < longest)
+    assert json.loads((folder / "baseline.json").read_text())["sampled_tokens"] == tokens
     assert tokens == sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in given)
     code, _, err = iqlite("compare", run.path, "--with", "sft", *options)
     assert code == 2 and "add --with dpo" in err and err.count("\n") == 1
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hi?"}\n')
-    code, _, err = iqlite("compare", run.path, "--with", "dpo", *options)
-    assert code == 2 and "line 1" in err and err.count("\n") == 1
+    for bad in ('{"prompt": "Hi?"}', '{"prompt": "Hi?", "chosen": "\\ud83d", "rejected": "b"}'):
+        (tmp_path / "pairs.jsonl").write_text(bad + "\n")
+        code, _, err = iqlite("compare", run.path, "--with", "dpo", *options)
+        assert code == 2 and "line 1" in err and err.count("\n") == 1
 
 
 def test_gae_is_its_definition() -> None:

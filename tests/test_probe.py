@@ -112,9 +112,11 @@ def test_curves_are_what_training_left(iqlite: Callable[..., Any], recipe_file: 
         assert point.epoch == pytest.approx(point.step * 4 / 8)
     code, out, err = iqlite("compare", run.path, "--checkpoints")
     assert code == 0 and "minutes" in out, err
-    assert iqlite("compare", run.path, "--with", "ppo", "--seeds", "1", "--no-safety")[0] == 0
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello!", "rejected": "No."}) + "\n")
+    assert iqlite("compare", run.path, "--with", "ppo,dpo", "--pairs", "pairs.jsonl", "--seeds", "1", "--no-safety")[0] == 0
     code, out, _ = iqlite("compare", run.path, "--checkpoints", "--json", "--judge", "shorter")
-    assert [p["step"] for p in json.loads(out)["curves"]["run: ppo"]] == [0, 2, 3]
+    for name in ("ppo", "dpo (pairs.jsonl)"):
+        assert [p["step"] for p in json.loads(out)["curves"][f"run: {name}"]] == [0, 2, 3]
 
 
 def test_ninety_percent_of_the_gain_has_to_be_kept() -> None:

@@ -105,7 +105,7 @@ def test_what_a_recipe_says_in_vain_is_said(make_session: Callable[..., Session]
     assert not any("rank" in note or "trained on" in note for note in make_session().notes)
     run = make_run()
     session = make_session(adapter={"rank": 7, "start": str(run.adapter)}, model={"base": run.recipe().model.base})
-    assert any(f"rank {run.recipe().adapter.rank}: adapter.rank = 7" in note for note in session.notes)
+    assert any(f"rank {run.recipe().adapter.rank} and alpha 8: adapter.rank = 7" in note for note in session.notes)
     rows = [{"prompt": text} for text in ("One?", "Two?", "Three?")]
     for name, few in (("train", rows), ("eval", [*rows[1:], {"prompt": "Four?"}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))

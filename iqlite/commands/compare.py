@@ -27,7 +27,7 @@ from iqlite.comparison import (
     wins_by_judge,
     wins_by_score,
 )
-from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_methods
+from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_methods, shown
 from iqlite.contrast import check_heard
 from iqlite.curves import Point, of_baseline, of_run, until
 from iqlite.errors import RunError
@@ -68,8 +68,9 @@ def run(
     baselines = [name for name in others if name in BASELINES]
     for name in baselines:  # each with the base in memory, before the comparison's own
         learns_from = pairs if name == "dpo" else None
-        shown = f"{name} ({learns_from.name})" if learns_from else name
-        more[shown] = baseline(run_dir, name, lambda text: console.print(f"[dim]{text}[/]"), learns_from)
+        more[shown(name, learns_from.name if learns_from else None)] = baseline(
+            run_dir, name, lambda text: console.print(f"[dim]{text}[/]"), learns_from
+        )
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     room = room_of(recipe, session.chat, session.policy.base)
@@ -149,7 +150,8 @@ def checkpoints(runs: Sequence[Path], *, judge: str | None, as_json: bool, conso
         epoch = found[name][-1].epoch / max(1, found[name][-1].step)
         for folder in sorted(file.parent for file in (run_dir.path / "baselines").glob(f"[a-z]*/{RECORD}")):
             if curve := of_baseline(folder, epoch, MEASURES[measure]):
-                found[f"{name}: {folder.name}"] = curve
+                record = json.loads((folder / RECORD).read_text("utf-8"))
+                found[f"{name}: {shown(record['method'], record.get('pairs'))}"] = curve
     if as_json:
         print(json.dumps({"measure": measure, "curves": {name: [asdict(p) for p in points] for name, points in found.items()}}))
         return 0
