@@ -138,12 +138,12 @@ def test_a_baseline_trains_under_the_run_s_recipe_and_is_kept(
     assert (folder / "baseline.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "sdft", "ppo"])
+@pytest.mark.parametrize(("method", "quantization"), [("sft", "nf4"), ("dpo", "none"), ("sdft", "nf4"), ("ppo", "none")])
 def test_an_interrupted_baseline_goes_on_to_the_same_end(
-    make_run: Callable[..., RunDir], method: str, monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., RunDir], method: str, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, superior = {"steps": 5, "checkpoint_every": 2, "eval_every": 1}, {**SHARP, "weights": "ema"}
-    whole, cut = make_run("whole", superior=superior, train=train), make_run("cut", superior=superior, train=train)
+    whole, cut = (make_run(n, model={"quantization": quantization}, superior=superior, train=train) for n in ("whole", "cut"))
     expected = baseline(whole, method, lambda text: None)
     for at in ("step 2 of", "step 1/", "step 3/", "step 5/"):  # while sampling, before the first checkpoint, between two, at the end
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from iqlite.base import load_base
+from iqlite.contenders import BASELINES, baseline
 from iqlite.optimizer import load_state_of, make_optimizer, state_of
+from iqlite.peers import TRL
 from iqlite.policy import Policy
 from iqlite.rundir import RunDir
 from iqlite.session import Session, environment
@@ -38,6 +41,26 @@ def test_a_whole_nf4_run(architecture: str, tiny: Callable[..., Path], make_sess
     outcome = train(session, RunDir.create(tmp_path / "run", session.recipe, environment(session)), Silent())
     assert outcome.why == "finished"
     assert all(torch.isfinite(value).all() for value in session.policy.state().values())
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_an_interrupted_baseline_goes_on_learning(method: str, make_run: Callable[..., RunDir], tiny: Callable[..., Path]) -> None:
+    """Into bfloat16 adapters PEFT loads a checkpoint as new parameters, which an optimizer that was there before wouldn't move."""
+    if method in TRL:
+        pytest.importorskip("trl")
+    run = make_run(model={"base": str(tiny()), "quantization": "nf4"}, train={"steps": 4, "checkpoint_every": 2})
+
+    def say(text: str) -> None:
+        if "step 3/" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        baseline(run, method, say)
+    work = run.path / "baselines" / f".unfinished-{method}"
+    (file,) = (*work.glob("checkpoints/step-000002/state.safetensors"), *work.glob("trainer/checkpoint-2/adapter_model.safetensors"))
+    norms = {float(t.norm()) for name, t in load_file(file).items() if "lora_B" in name and not name.startswith("optimizer.")}
+    after = load_file(baseline(run, method, lambda text: None) / "adapter_model.safetensors")
+    assert norms and not norms & {float(t.norm()) for name, t in after.items() if "lora_B" in name}
 
 
 def test_no_float32_base_tensor_above_a_megabyte(make_session: Callable[..., Session], tiny: Callable[..., Path]) -> None:
