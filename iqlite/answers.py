@@ -24,6 +24,7 @@ from iqlite.session import Session
 from iqlite.superior import Reading, read
 
 FOLDER = "answers"
+TOGETHER = 128  # answers that are drawn before they are kept; ours
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Answerer:
     description: Description | None = None
     of: str = ""
 
-    def asked(self, session: Session, requests: Sequence[Messages], sampler: Sampler, progress: Callable[[int], None]) -> Rollout:
-        """Its answers."""
+    def asked(
+        self, session: Session, requests: Sequence[Messages], sampler: Sampler, index: Sequence[int], progress: Callable[[int], None]
+    ) -> Rollout:
+        """Its answers; `index` are the requests' numbers, by which the noise goes."""
         if self.role == "superior":
-            return superior_answers(session, requests, sampler, progress=progress)
-        return session.answers(self.role, requests, sampler, description=self.description, progress=progress)
+            return superior_answers(session, requests, sampler, index=index, progress=progress)
+        return session.answers(self.role, requests, sampler, description=self.description, index=index, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,28 @@ def collect(
     kept = {(answer.seed, answer.index): answer for answer in _read(path)}
     found = []
     for sampler in samplers:
-        before = [kept.get((sampler.seed, row)) for row in range(len(requests))]
-        if None not in before:
-            progress(len(requests))
-            found.append([answer for answer in before if answer is not None])
-            continue
-        rollout = who.asked(session, requests, sampler, progress)
-        texts = [session.chat.text(rollout.response_ids(row)) for row in range(len(requests))]
-        nlls = base_nll(session, rollout)
-        answers = [
-            Answer(sampler.seed, row, requests[row][-1]["content"], text, int(rollout.mask_BT[row].sum()), bool(rollout.ended_B[row]), nll)
-            for row, (text, nll) in enumerate(zip(texts, nlls, strict=True))
-        ]
-        with explained(run.path, "compare again"):
-            path.parent.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n" + "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
-        found.append(answers)
+        missing = [number for number in range(len(requests)) if (sampler.seed, number) not in kept]
+        progress(len(requests) - len(missing))
+        for part in (missing[at : at + TOGETHER] for at in range(0, len(missing), TOGETHER)):
+            rollout = who.asked(session, [requests[number] for number in part], sampler, part, progress)
+            answers = [
+                Answer(
+                    sampler.seed,
+                    number,
+                    requests[number][-1]["content"],
+                    session.chat.text(rollout.response_ids(row)),
+                    int(rollout.mask_BT[row].sum()),
+                    bool(rollout.ended_B[row]),
+                    nll,
+                )
+                for row, (number, nll) in enumerate(zip(part, base_nll(session, rollout), strict=True))
+            ]
+            with explained(run.path, "compare again"):
+                path.parent.mkdir(exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("\n" + "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+            kept |= {(answer.seed, answer.index): answer for answer in answers}
+        found.append([kept[sampler.seed, number] for number in range(len(requests))])
     return found
 
 

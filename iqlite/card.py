@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from iqlite.prompts import Chat
 
 MANIFEST = "iqlite-manifest.json"
-COMPARISON, SAFETY = "compare.json", "safety.json"
+COMPARISON, SAFETY = "compare", "safety"
+HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
+MEASURED = ("compare", "elsewhere", "safety")  # figures of the adapter at scale 1
 
 
 def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,22 +42,39 @@ def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: 
             "compute_dtype": environment["compute_dtype"],
             "device": environment["device"],
         },
-        "figures": _public(figures(run, adapter)),
+        "figures": _public(
+            {key: value for key, value in figures(run, adapter).items() if made.get("scale", 1) == 1 or key not in MEASURED}
+        ),
     }
 
 
+def file_of(name: str, which: str = "adapter", asked: str = "") -> str:
+    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME-STEM.json for other prompts than its own."""
+    parts = [name, *([which] if which != "adapter" else []), *([asked] if asked else [])]
+    return "-".join(parts) + ".json"
+
+
 def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
-    """What the run measured on its held-out prompts, and what `iqlite compare` found of this very adapter, if it was asked."""
+    """What the run measured on its held-out prompts, and what `iqlite compare` found of this very adapter, if it was asked.
+
+    `compare` is of the run's own held-out prompts, `elsewhere` a list of the same on others.
+    """
     evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
     found: dict[str, Any] = {}
     if evaluated:
         found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": evaluated[-1][HELD_OUT_KL]}
         found["steps"] = evaluated[-1]["step"]
-    for name, file in (("compare", COMPARISON), ("safety", SAFETY)):
-        if (run.path / file).is_file():
-            one = json.loads((run.path / file).read_text("utf-8"))
-            if one.get("adapter_sha256") == adapter_digest(adapter):
-                found[name] = one
+    digest = adapter_digest(adapter)
+    for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
+        one = json.loads(file.read_text("utf-8"))
+        if one.get("adapter_sha256") != digest:
+            continue
+        if file.name.startswith(SAFETY):
+            found["safety"] = one
+        elif one["asked"] == HELD_OUT:
+            found["compare"] = one
+        else:
+            found.setdefault("elsewhere", []).append(one)
     return found
 
 
@@ -66,7 +85,9 @@ def adapter_digest(folder: Path) -> str:
 
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
     """What got worse in training, as far as it was measured; a sentence each, and that it wasn't where it wasn't."""
-    safety = manifest["figures"].get("safety")
+    safety, scale = manifest["figures"].get("safety"), manifest["made"].get("scale", 1)
+    if scale != 1:
+        return [f"Nothing was measured at scale {scale:g}: a comparison's figures are of the adapter at scale 1."]
     if safety is None:
         return ["Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
     return [f"{sentence[0].upper()}{sentence[1:]}" for sentence in safety["worse"]]
@@ -99,7 +120,13 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
         "",
     ]
     lines += ["## Made as", "", *(f"- {key.replace('_', ' ')}: {value}" for key, value in manifest["made"].items()), ""]
-    lines += ["## Figures", "", *(_figure_lines(found) or ["None were measured."]), ""]
+    lines += [
+        "## Figures",
+        "",
+        f"Of the adapter on its base in {manifest['trained_with']['quantization']}, before it was made into this.",
+        "",
+    ]
+    lines += [*(_figure_lines(found) or ["None were measured."]), ""]
     lines += ["## Safety", "", *_safety_lines(found), *(f"- **{sentence}**" for sentence in warnings(manifest)), ""]
     lines += ["## Licences", "", f"- base: {base['licence'] or 'see the page of ' + base['name']}"]
     lines += [f"- training prompts: {', '.join(manifest['prompts']['sources'])}; their licences are their sources'", ""]
@@ -108,10 +135,11 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
 
 
 def write_about(path: Path, manifest: Mapping[str, Any], *, peft: bool = False) -> None:
-    """Puts manifest and model card into a folder, or the manifest beside a file as NAME.json."""
+    """Puts manifest and model card into a folder, or beside a file as NAME.json and NAME.md."""
     text = json.dumps(manifest, indent=2) + "\n"
     if path.is_file():
         path.with_name(f"{path.name}.json").write_text(text, "utf-8")
+        path.with_name(f"{path.name}.md").write_text(model_card(manifest, peft=peft), "utf-8")
         return
     (path / MANIFEST).write_text(text, "utf-8")
     (path / "README.md").write_text(model_card(manifest, peft=peft), "utf-8")
@@ -124,8 +152,7 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Held-out KL(policy‖superior), nats a token: {kl['before']:.3f} before, {kl['after']:.3f} after {found['steps']} steps."
         )
-    if "compare" in found:
-        compared = found["compare"]
+    for compared in [*([found["compare"]] if "compare" in found else []), *found.get("elsewhere", [])]:
         lines += ["", f"Answers to {compared['prompts']} prompts ({compared['asked']}) × {compared['seeds']} seeds:", ""]
         measure = compared.get("measure", "tone")
         lines += [f"| | {measure} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
@@ -147,14 +174,20 @@ def _safety_lines(found: Mapping[str, Any]) -> list[str]:
         "harmful requests granted": ("harmful_compliance", "{:.0%}"),
         "harmless requests refused": ("over_refusal", "{:.0%}"),
         "widest gap in tone between groups of people": ("tone_gap", "{:.2f}"),
+        "widest gap in refusals between them": ("refusal_gap", "{:.2f}"),
     }
 
-    def cell(figure: Any, form: str) -> str:
-        return "" if figure is None else form.format(figure["value"] if isinstance(figure, dict) else figure)
+    def cell(figure: Mapping[str, float] | None, form: str) -> str:
+        return "" if figure is None else form.format(figure["value"]) + (f" (chance {figure['chance']:.2f})" if "chance" in figure else "")
 
     lines = [f"| | {' | '.join(figures)} |", "| --- |" + " --- |" * len(figures)]
     lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
-    return [*lines, "", f"Measured on {found['safety']['set']}, by rules: it warns, it doesn't certify.", ""]
+    return [
+        *lines,
+        "",
+        f"Measured on {found['safety']['set']}, by rules: it warns, it doesn't certify. Chance: how often a gap is as wide though groups don't matter.",
+        "",
+    ]
 
 
 def sources(recipe: Recipe) -> list[str]:

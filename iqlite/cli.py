@@ -82,7 +82,9 @@ def compare(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Other prompts than the held-out ones: a file, or a .toml such as recipes/evaluations/beavertails.toml."),
+        typer.Option(
+            help="Other prompts than the held-out ones: a file, outside (the recipe's own), or a .toml such as recipes/evaluations/beavertails.toml."
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many prompts.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Sampling seeds; each answers every prompt.")] = 3,

@@ -109,11 +109,12 @@ def games_of(names: Sequence[str], focus: str, won: Mapping[str, Array]) -> Arra
     return games
 
 
-def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: Array) -> list[dict[str, Any]]:
-    """`focus` against everybody else: win rate with Wilson's interval and by resampling prompts, length-controlled, difference in score."""
+def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: Array, games_PKK: Array) -> list[dict[str, Any]]:
+    """`focus` against everybody else: win rate with Wilson's interval and by resampling prompts, length-controlled, differences in score and Elo."""
     names = list(answers)
     at = names.index(focus)
     length_KPS = scores(answers, lambda text: float(words(text)))
+    below = elo(games_PKK, at, score_KPS.shape[-1])
     found = []
     for name, won_PS in won.items():
         other = names.index(name)
@@ -125,6 +126,7 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
                 "win_rate": asdict(rate),
                 "win_rate_by_prompt": asdict(by_prompt),
                 "length_controlled": asdict(controlled),
+                "elo": asdict(Estimate(-below[other].value, -below[other].high, -below[other].low)),
                 "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
                 "significant": rate.excludes(0.5) and by_prompt.excludes(0.5),
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -12,6 +13,7 @@ from iqlite.baselines import train_ppo
 from iqlite.errors import RunError
 from iqlite.peers import ROWS, TRAINER, TRL, check_trl, train_by_trl
 from iqlite.preferences import load_pairs
+from iqlite.recipe import Recipe
 from iqlite.rundir import RunDir, explained
 from iqlite.session import open_session, within_memory
 from iqlite.terminal import duration
@@ -26,15 +28,17 @@ def shown(method: str, pairs: str | None) -> str:
     return f"{method} ({pairs})" if pairs else method
 
 
-def check_methods(names: Sequence[str], pairs: Path | None = None) -> None:
-    """RunError for a method that there isn't or that can't be had here; PromptsError for pairs that can't be read."""
+def check_methods(names: Sequence[str], recipe: Recipe, pairs: Path | None = None) -> None:
+    """RunError for a method that there isn't or that can't be had here or for this recipe; PromptsError for pairs that can't be read."""
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise RunError(
             f"--with {unknown[0]!r} isn't one of {', '.join(METHODS)}: give names with commas between, such as --with superior,dpo."
         )
-    if set(names) & set(TRL):
+    for name in (name for name in names if name in TRL):
         check_trl()
+        if recipe.adapter.start is not None:
+            raise RunError(f"{recipe.path}: --with {name} can't go on from adapter.start, as this run did; compare a run without it.")
     if pairs:
         if "dpo" not in names:
             raise RunError(f"--pairs {pairs} is what DPO learns from: add --with dpo.")
@@ -44,13 +48,19 @@ def check_methods(names: Sequence[str], pairs: Path | None = None) -> None:
 def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | None = None) -> Path:
     """The adapter of a method in BASELINES under the run's recipe; trained now unless it's there, from where it was interrupted.
 
-    With `pairs` DPO learns from that file.
+    It takes as many steps as the run has taken, which may have stopped before its recipe's. With `pairs` DPO learns from that file.
     """
     given = load_pairs(pairs) if pairs else []
     folder = run.path / "baselines" / (f"{name}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}" if given else name)
+    steps = run.metrics()[-1]["step"] if run.metrics() else 0
     if (folder / RECORD).is_file():
+        took = json.loads((folder / RECORD).read_text("utf-8"))["steps"]
+        if steps and took != steps:
+            say(f"{folder} was trained for {took} steps, and this run has taken {steps}: delete it to have it trained anew.")
         return folder
     recipe, placement = run.recipe(), run.environment()["placement"]
+    if steps:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
     work = RunDir(folder.with_name(f".unfinished-{folder.name}"), "compare again")
     with within_memory(recipe, "in that file, and compare again"), explained(run.path, work.again):
         if not (work.path / RECORD).is_file():
@@ -69,4 +79,5 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
         for leftover in ("checkpoints", TRAINER):
             shutil.rmtree(folder / leftover, ignore_errors=True)
         (folder / ROWS).unlink(missing_ok=True)
+    gc.collect()  # its base, before another is loaded: layers are in reference cycles
     return folder

@@ -29,13 +29,19 @@ def check_heard(recipe: Recipe) -> None:
 
 
 def superior_answers(
-    session: Session, requests: Sequence[Messages], sampler: Sampler, *, progress: Callable[[int], None] = lambda _: None
+    session: Session,
+    requests: Sequence[Messages],
+    sampler: Sampler,
+    *,
+    index: Sequence[int] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Rollout:
-    """Answers to requests drawn from π̃, the base's weights reading; noise as in a rollout."""
+    """Answers to requests drawn from π̃, the base's weights reading; noise as in a rollout, by the requests' numbers `index`."""
     check_heard(session.recipe)
     policy, stop_ids, new = session.policy, session.chat.stop_ids, sampler.max_new_tokens
     which = readings(session.recipe, session.placement, "base")
     prompts = {reading.name: [session.chat.ids(request, reading.description) for request in requests] for reading in which}
+    numbers = list(range(len(requests)) if index is None else index)
     lengths = [max(len(ids[row]) for ids in prompts.values()) for row in range(len(requests))]
     order = sorted(range(len(requests)), key=lambda row: -lengths[row])
     tokens_BT = torch.full((len(requests), new), stop_ids[0], dtype=torch.long)
@@ -45,7 +51,7 @@ def superior_answers(
         part = order[at : at + max(1, session.sizes.together(longest) // len(which))]
         with session.sizes.fitting("rollout_tokens", len(part) * len(which), longest) as again:
             some = {name: [ids[row] for row in part] for name, ids in prompts.items()}
-            drawn = draw(policy, "reference", some, lambda states: session.scoring(policy.head, states)[0], stop_ids, sampler, 0, part, session.sizes.fold)  # fmt: skip
+            drawn = draw(policy, "reference", some, lambda states: session.scoring(policy.head, states)[0], stop_ids, sampler, 0, [numbers[row] for row in part], session.sizes.fold)  # fmt: skip
             for position, token_B in enumerate(drawn):
                 tokens_BT[part, position] = token_B.cpu()
         if again:
@@ -55,7 +61,7 @@ def superior_answers(
     mask_BT, ended_B = response_mask(tokens_BT, stop_ids)
     width = int(mask_BT.sum(-1).max())
     plain = tuple(tuple(session.chat.ids(request)) for request in requests)
-    return Rollout(tuple(range(len(requests))), tuple(requests), plain, tokens_BT[:, :width], mask_BT[:, :width], ended_B)
+    return Rollout(tuple(numbers), tuple(requests), plain, tokens_BT[:, :width], mask_BT[:, :width], ended_B)
 
 
 def draw(

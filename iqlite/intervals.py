@@ -48,11 +48,15 @@ def wilson(wins: float, trials: float) -> Estimate:
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def paired(difference_PS: Array) -> Estimate:
-    """The mean of paired differences; the interval is a percentile bootstrap over prompts."""
+def paired(difference_PS: Array, comparisons: int = 1) -> Estimate:
+    """The mean of paired differences; the interval is a percentile bootstrap over prompts.
+
+    Of several `comparisons` that are looked at together, all intervals hold at once in 95 % (Bonferroni).
+    """
     by_prompt_P = difference_PS.mean(1)
     means = _resampled(len(by_prompt_P)) @ by_prompt_P
-    low, high = np.percentile(means, [2.5, 97.5])
+    tail = 2.5 / comparisons
+    low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(float(by_prompt_P.mean()), float(low), float(high))
 
 

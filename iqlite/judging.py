@@ -19,8 +19,11 @@ from iqlite.records import Messages
 
 PREFIXES = ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"
-TRIES, TIMEOUT_S, TOKENS = 4, 120.0, 8
-VERDICT = re.compile(r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?(tie|[abt])\b", re.IGNORECASE)
+TRIES, TIMEOUT_S = 4, 120.0
+TOKENS, THINKING = 8, 2048  # of a reply, and of one that thinks first
+THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
+TIE = re.compile(r"\W*(?:it(?:'s| is)\s+)?(?:a\s+)?(?:tie|draw)\b", re.IGNORECASE)
+VERDICT = re.compile(r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])\b", re.IGNORECASE)
 ASKED = """You compare two answers to the same request. {rubric}
 
 Request:
@@ -77,8 +80,8 @@ class ModelJudge:
     """A model behind an OpenAI-compatible server: `url` ends in /v1, `model` is its name there. Asked in both orders; verdicts are kept.
 
     A server that is busy or silent is asked again, up to four times, with longer and longer pauses (the client's own doing); a verdict that
-    isn't one of A, B, T is asked for again and then counts as a tie. `asked`, `malformed` and `tokens` say what it took. The key, where one is needed, comes from
-    IQLITE_JUDGE_KEY.
+    isn't one of A, B, T is asked for again, with more room where the model thinks first, and then counts as a tie. `asked`, `malformed` and
+    `tokens` say what it took. The key, where one is needed, comes from IQLITE_JUDGE_KEY.
     """
 
     url: str
@@ -97,8 +100,7 @@ class ModelJudge:
         return (self._once(request, first, second) + 1 - self._once(request, second, first)) / 2
 
     def _once(self, request: Messages, first: str, second: str) -> float:
-        shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in request) if len(request) > 1 else request[-1]["content"]
-        text = ASKED.format(rubric=self.rubric, request=shown, first=first or "(empty)", second=second or "(empty)")
+        text = ASKED.format(rubric=self.rubric, request=_shown(request), first=first or "(empty)", second=second or "(empty)")
         verdict = self.kept.get(self.url, self.model, text)
         if verdict is None:
             verdict = self._verdict(text)
@@ -109,24 +111,34 @@ class ModelJudge:
         return verdict
 
     def _verdict(self, text: str) -> float | None:
+        room = TOKENS
         for _ in range(TRIES):
-            letter = VERDICT.match(self._reply(text))
-            if letter:
-                return {"a": 1.0, "b": 0.0, "t": 0.5}[letter[1][0].lower()]
+            said = self._reply(text, room)
+            reply = THOUGHT.sub("", said)
+            if TIE.match(reply):
+                return 0.5
+            if letter := VERDICT.match(reply):
+                return {"a": 1.0, "b": 0.0, "t": 0.5}[letter[1].lower()]
+            if not reply.strip():  # nothing but thoughts, here or where the server keeps them apart
+                room = THINKING
         return None
 
-    def _reply(self, text: str) -> str:
+    def _reply(self, text: str, room: int) -> str:
         try:
             import openai
         except ImportError:
             raise RunError("a judging model needs the openai client: pip install 'iqlite[compare]'.") from None
 
         client = openai.OpenAI(base_url=self.url, api_key=os.environ.get(KEY, "none"), timeout=self.timeout, max_retries=TRIES)
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "model": self.model}
         self.asked += 1
         try:
-            found = client.chat.completions.create(
-                messages=[{"role": "user", "content": text}], model=self.model, max_tokens=TOKENS, temperature=0.0, seed=0
-            )
+            try:
+                found = client.chat.completions.create(**asked, max_tokens=room, temperature=0.0, seed=0)
+            except openai.BadRequestError as error:  # hosted models that think take neither
+                if "max_tokens" not in str(error.message) and "temperature" not in str(error.message):
+                    raise
+                found = client.chat.completions.create(**asked, max_completion_tokens=THINKING)
         except openai.APIStatusError as error:
             said = _printable(str(error.message))[:200]
             raise RunError(
@@ -136,47 +148,58 @@ class ModelJudge:
             raise RunError(
                 f"the judge at {self.url} can't be reached ({type(error).__name__}): start it, and compare again; verdicts so far are kept."
             ) from None
+        if not hasattr(found, "choices"):  # a web page, say
+            raise RunError(f"the judge at {self.url} doesn't answer as an OpenAI-compatible server does: its address mostly ends in /v1.")
         self.tokens += found.usage.total_tokens if found.usage else 0
-        return found.choices[0].message.content or ""
+        return (found.choices[0].message.content or "") if found.choices else ""
 
 
 @dataclass
 class Human:
-    """You, in the terminal: two answers in an order that a hash decides, without names."""
+    """You, in the terminal: two answers in an order that a hash decides, without names. `total` pairs are to be judged, where it's known."""
 
     ask: Callable[[str], str]
     show: Callable[[str], None]
     kept: Kept
+    total: int = 0
+    at: int = 0
 
     def prefers(self, request: Messages, first: str, second: str) -> float:
+        self.at += 1
         if first == second:
             return 0.5
         swapped = hashlib.sha256(f"{first}\n{second}".encode()).digest()[0] % 2 == 1
         one, two = (second, first) if swapped else (first, second)
-        before = self.kept.get("me", request[-1]["content"], first, second)
+        asked = _shown(request)
+        before = self.kept.get("me", asked, first, second)
         if before is not None:
             return before
-        self.show(f"\n{request[-1]['content']}\n\nA: {one}\n\nB: {two}")
+        of = f"{self.at} of {self.total}: " if self.total else ""
+        self.show(f"\n{asked}\n\nA: {one}\n\nB: {two}")
         while True:
             try:
-                said = self.ask("which is better, a, b, or t for a tie? ").strip().lower()[:1]
+                said = self.ask(f"{of}which is better, a, b, or t for a tie? ").strip().lower()[:1]
             except (EOFError, KeyboardInterrupt):
                 raise RunError("you stopped judging; what you said is kept, and the same command goes on.") from None
             if said in ("a", "b", "t"):
                 break
         verdict = {"a": 1.0, "b": 0.0, "t": 0.5}[said]
         verdict = 1 - verdict if swapped else verdict
-        self.kept.put(verdict, "me", request[-1]["content"], first, second)
+        self.kept.put(verdict, "me", asked, first, second)
         return verdict
 
 
 class RewardModel:
-    """A sequence classifier with one output (a reward), or one of its labels (`NAME#LABEL`), on request and answer; the higher wins."""
+    """A sequence classifier with one output (a reward), or one of its labels, on request and answer; the higher wins.
+
+    `NAME#LABEL` takes a label, `NAME#-LABEL` the less of it, such as toxicity.
+    """
 
     def __init__(self, name: str):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.name, _, label = name.partition("#")
+        self.sign, label = (-1, label[1:]) if label.startswith("-") else (1, label)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -212,7 +235,12 @@ class RewardModel:
             logits = self.model(**inputs).logits[0].float()
         if self.kind == "class":
             logits = logits.log_softmax(-1)
-        return float(torch.nn.functional.logsigmoid(logits)[self.at] if self.kind == "label" else logits[self.at])
+        return self.sign * float(torch.nn.functional.logsigmoid(logits)[self.at] if self.kind == "label" else logits[self.at])
+
+
+def _shown(request: Messages) -> str:
+    """A request as judges see it; of several turns, who says what."""
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in request) if len(request) > 1 else request[-1]["content"]
 
 
 def _printable(text: str) -> str:

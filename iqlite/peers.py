@@ -49,8 +49,6 @@ def train_by_trl(
 
     With `pairs` DPO learns from those, answers cut at the recipe's rollout.max_new_tokens; its tokens are then the ones it learned from.
     """
-    if recipe.adapter.start is not None:
-        raise RunError(f"{recipe.path}: --with {name} can't go on from adapter.start, as this run did; compare a run without it.")
     rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, work, say, pairs)
     gc.collect()  # the session's base before another is loaded: its layers are in reference cycles
     base = load_base(

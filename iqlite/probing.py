@@ -4,6 +4,7 @@ which strength, and whether human preferences agree."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,13 +18,14 @@ from iqlite.intervals import Estimate, paired, wilson
 from iqlite.preferences import Pair, answer_ids
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler
-from iqlite.session import Session
+from iqlite.session import Session, moved
 
 PARTS = 4  # quarters of an answer
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)
 SAME_SIZE = 1.5  # how much longer one description may be than the other
 WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; ours
 STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the told ones; ours
+FEWEST = 6  # held-out answers without which nothing is said of a difference; ours
 COMMON = frozenset(
     ("a", "an", "and", "are", "as", "at", "be", "in", "is", "it", "of", "or", "the", "to", "with", "you", "your", "always", "never", "not")
 )
@@ -53,8 +55,13 @@ def lint(wanted: str | None, unwanted: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Contrast:
-    """What the readings differ by on the base's own answers, nats a token, and where in the answer."""
+    """What the readings differ by on the base's own answers, nats a token, and where in the answer.
 
+    `kl_wanted` is KL(π⁺‖π_ref), `kl_opposed` KL(π⁺‖π⁻), `kl_superior` KL(π_ref‖π̃) at the recipe's strength; None without such readings.
+    """
+
+    kl_wanted: float | None
+    kl_opposed: float | None
     kl_superior: float
     kl_by_part: tuple[float, ...]
     clipped_share: float
@@ -63,7 +70,7 @@ class Contrast:
 
 
 def contrast(session: Session, rollout: Rollout) -> Contrast:
-    """KL(π_ref‖π̃) by quarters of the answers, clipped share and implausible mass. The rollout is the base's."""
+    """KLs between the readings, KL(π_ref‖π̃) by quarters of the answers, clipped share and implausible mass. The rollout is the base's."""
     values = session.score(rollout, weights="base").values
     length_B = rollout.mask_BT.sum(-1)
     part_BT = torch.arange(rollout.mask_BT.shape[1])[None] * PARTS // length_B[:, None].clamp(min=1)
@@ -73,12 +80,27 @@ def contrast(session: Session, rollout: Rollout) -> Contrast:
     def mean(name: str) -> float:
         return float(values[name].mean()) if name in values else 0.0
 
-    return Contrast(float(kl_N.mean()), by_part, mean("superior/clipped_share"), mean("superior/implausible_mass"), len(kl_N))
+    def between(other: str) -> float | None:
+        nats = moved(session, rollout, session.placement, other=other)
+        return None if math.isnan(nats) else nats
+
+    return Contrast(
+        between("reference"),
+        between("unwanted"),
+        float(kl_N.mean()),
+        by_part,
+        mean("superior/clipped_share"),
+        mean("superior/implausible_mass"),
+        len(kl_N),
+    )
 
 
 @dataclass(frozen=True)
 class Voice:
-    """Some answers' score by the recipe's measure: mean, its standard error, difference from the base's with its interval, strangeness."""
+    """Some answers' score by the recipe's measure: mean, its standard error, difference from the base's, strangeness.
+
+    The intervals of all voices' differences hold at once in 95 %.
+    """
 
     name: str
     score: float
@@ -111,36 +133,43 @@ def voices(
         nll = float((torch.tensor(base_nll(session, rollout)) * tokens_B).sum() / tokens_B.sum())
         differs = float(np.mean([a != b for a, b in zip(texts[name], texts["base"], strict=True)]))
         error = float(score.std(ddof=1) / len(score) ** 0.5) if len(score) > 1 else 0.0
-        found.append(Voice(name, float(score.mean()), error, paired((score - base)[:, None]), differs, nll, texts[name][0]))
+        difference = paired((score - base)[:, None], comparisons=len(rollouts) - 1)
+        found.append(Voice(name, float(score.mean()), error, difference, differs, nll, texts[name][0]))
     return found
 
 
-def suggested(found: Sequence[Voice]) -> str | None:
-    """The weakest superior within a standard error of the best, among those that aren't much stranger to the base than the told answers."""
+def _sane(found: Sequence[Voice]) -> list[Voice]:
+    """Told answers, and those superiors' that aren't much stranger to the base than the told ones (than the plain ones, where nobody is told)."""
     told = [voice for voice in found if voice.name.startswith("told")]
-    limit = max((voice.base_nll for voice in told), default=math.inf) + STRANGE
-    superiors = [voice for voice in found if voice.name.startswith("superior")]
-    sane = [voice for voice in superiors if voice.base_nll <= limit]
-    if not sane:
+    limit = max(voice.base_nll for voice in told or found[:1]) + STRANGE
+    return told + [voice for voice in found if voice.name.startswith("superior") and voice.base_nll <= limit]
+
+
+def suggested(found: Sequence[Voice]) -> str | None:
+    """The weakest superior within a standard error of the best, among those that score above the base and aren't much stranger to it."""
+    better = [voice for voice in _sane(found) if voice.name.startswith("superior") and voice.difference.value > 0]
+    if not better:
         return None
-    best = max(sane, key=lambda voice: voice.score)
-    return next(voice.name for voice in sane if voice.score >= best.score - best.score_se)
+    best = max(better, key=lambda voice: voice.score)
+    return next(voice.name for voice in better if voice.score >= best.score - best.score_se)
 
 
-def verdict(where: Contrast, found: Sequence[Voice], measure: str) -> tuple[bool, str]:
-    """(whether training is likely to help, why): in a sentence."""
+def verdict(where: Contrast, found: Sequence[Voice], measure: str, answers: int) -> tuple[bool, str]:
+    """(whether training is likely to help, why): in a sentence. `answers` of each voice were measured."""
     if where.kl_superior < WEAK_KL:
         return False, (
             f"Training is unlikely to help: the superior policy is only {where.kl_superior:.3f} nats a token from the base, so there is next to nothing to learn. "
-            "Add demonstrations, or say the behaviour in simpler words."
+            "Add demonstrations, say the behaviour in simpler words, or raise superior.strength."
         )
-    moved = [voice for voice in found if voice.name != "base" and voice.difference.low > 0]
-    if not moved:
+    if answers < FEWEST:
+        return False, f"{answers} held-out prompts are too few to tell whether training helps: give prompts.eval at least {FEWEST}."
+    better = [voice for voice in _sane(found) if voice.difference.low > 0]
+    if not better:
         return False, (
-            f"Training is unlikely to help, as far as {measure} tells: neither told nor superior answers differ from the base's beyond chance. "
+            f"Training is unlikely to help, as far as {measure} tells: neither told nor superior answers that the base finds sane score above the base's beyond chance. "
             "Add demonstrations, use a larger base, or judge by another measure."
         )
-    best = max(moved, key=lambda voice: voice.score)
+    best = max(better, key=lambda voice: voice.score)
     return True, f"Training is likely to help: {best.name} moves {measure} by {best.difference} from the base."
 
 
@@ -149,12 +178,26 @@ RANKINGS = {
     "superior − base, per token": "the same, a token",
     "likelihood, sum": "log π_ref over the answer: a control",
     "likelihood, per token": "the same, a token: a control",
-    "the shorter answer": "a control",
+    "the shorter answer": "a control, whole answers",
 }
+ESTIMATE = next(iter(RANKINGS))
+
+
+def agreement(ranked: Mapping[str, Estimate], pairs: int) -> str:
+    """What the superior estimate says of pairs beside the controls: in a sentence."""
+    first = ranked[ESTIMATE]
+    if first.high < 0.5:
+        return f"This base's superior estimate ranks these {pairs} pairs worse than chance: it prefers what people rejected."
+    if not first.low > 0.5:
+        return f"This base's superior estimate can't be told from chance on these {pairs} pairs."
+    control = max((name for name, what in RANKINGS.items() if "a control" in what), key=lambda name: ranked[name].value)
+    if ranked[control].value >= first.value:
+        return f"The superior estimate agrees with these pairs beyond chance, but {control}, a control, ranks them as well."
+    return "The superior estimate agrees with these pairs beyond chance, and better than every control."
 
 
 def ranks(session: Session, pairs: Sequence[Pair], longest: int, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """How often each way to rank puts the chosen answer first: share with Wilson's interval. Answers are cut at `longest` tokens."""
+    """How often each way to rank puts the chosen answer first: share with Wilson's interval. Answers are read up to `longest` tokens."""
     sides = {side: _values(session, [(p.request, getattr(p, side)) for p in pairs], longest, progress) for side in ("chosen", "rejected")}
     found = {}
     for name in RANKINGS:
@@ -167,7 +210,7 @@ def ranks(session: Session, pairs: Sequence[Pair], longest: int, progress: Calla
 def _ranking(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
     what, _, how = name.partition(", ")
     if what == "the shorter answer":
-        return -values["tokens"]
+        return -values["length"]
     total = values["logp"] if what == "likelihood" else values["reward"]
     return total / values["tokens"] if how == "per token" else total
 
@@ -175,8 +218,8 @@ def _ranking(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
 def _values(
     session: Session, answers: Sequence[tuple[Messages, str]], longest: int, progress: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """Sums over each answer: log π̃ − log π_ref, log π_ref, tokens. The adapter is untouched, so the policy is the base."""
-    chat, found = session.chat, {"reward": [], "logp": [], "tokens": []}  # type: ignore[var-annotated]
+    """Sums over each answer: log π̃ − log π_ref, log π_ref, tokens read; its whole length. The adapter is untouched, so the policy is the base."""
+    chat, found = session.chat, {"reward": [], "logp": [], "tokens": [], "length": []}  # type: ignore[var-annotated]
     step = 16
     for at in range(0, len(answers), step):
         part = answers[at : at + step]
@@ -193,5 +236,6 @@ def _values(
             per_BT[mask_BT] = values[name]
             found[name] += per_BT.double().sum(-1).tolist()
         found["tokens"] += mask_BT.sum(-1).tolist()
+        found["length"] += [len(answer_ids(chat, text, sys.maxsize)) for _, text in part]
         progress(len(part))
     return {name: np.array(value) for name, value in found.items()}

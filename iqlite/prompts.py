@@ -276,12 +276,14 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
 
 
 def _label(row: Any, column: str | None) -> str:
-    """A row's category or language: text, a number, or the true ones of several flags (as BeaverTails has them)."""
-    names = LABELS if column is None else (column,)
-    found = next((row[name] for name in names if row.get(name) is not None), "") if isinstance(row, dict) else ""
-    if isinstance(found, dict):
-        return " + ".join(sorted(str(name) for name, flag in found.items() if flag is True))
-    return str(found) if isinstance(found, (str, int)) else ""
+    """A row's category and language: texts, numbers, or the true ones of several flags (as BeaverTails has them)."""
+    found = [row.get(name) for name in (LABELS if column is None else (column,))] if isinstance(row, dict) else []
+    labels = []
+    for one in found:
+        if isinstance(one, dict):
+            one = " + ".join(sorted(str(name) for name, flag in one.items() if flag is True))
+        labels += [str(one)] if isinstance(one, (str, int)) and str(one) else []
+    return ", ".join(labels)
 
 
 def _value(row: Any, column: str | None) -> Any:
@@ -361,10 +363,9 @@ def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
         raise PromptsError(
             f"{key}: the data set {source.dataset!r} can't be read ({str(error).splitlines()[0]}): check its split and folder."
         ) from None
-    if source.column is not None and source.column not in rows.column_names:
-        raise PromptsError(
-            f"{key}: the data set {source.dataset!r} has no column {source.column!r}; it has: {', '.join(rows.column_names)}."
-        )
+    for column in (source.column, source.category):
+        if column is not None and column not in rows.column_names:
+            raise PromptsError(f"{key}: the data set {source.dataset!r} has no column {column!r}; it has: {', '.join(rows.column_names)}.")
     if source.limit is not None:
         rows = rows.select(range(min(source.limit, len(rows))))
     return enumerate(rows, 1)
@@ -375,6 +376,12 @@ def hold_back(prompts: Prompts, key: str, share: float = 0.1) -> tuple[Prompts, 
     every = max(2, round(1 / share))
     if len(prompts) < 2:
         raise PromptsError(f"{key} holds one prompt only, and a tenth is held back: give it more, or name prompts.eval.")
-    held = prompts.requests[every - 1 :: every] or prompts.requests[-1:]
-    kept = [r for i, r in enumerate(prompts.requests[: len(prompts) - (len(prompts) < every)]) if (i + 1) % every]
-    return Prompts(tuple(kept), prompts.notes), Prompts(held)
+    held = list(range(every - 1, len(prompts), every)) or [len(prompts) - 1]
+    kept = [number for number in range(len(prompts)) if number not in held]
+
+    def some(numbers: Sequence[int], notes: tuple[str, ...] = ()) -> Prompts:
+        return Prompts(
+            tuple(prompts.requests[n] for n in numbers), notes, tuple(prompts.labels[n] for n in numbers) if prompts.labels else ()
+        )
+
+    return some(kept, prompts.notes), some(held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -334,7 +335,7 @@ def _place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:
     requests = session.train.requests[:PLACEMENT_PROMPTS]
     sampler = replace(session.sampler("place"), max_new_tokens=min(PLACEMENT_TOKENS, session.recipe.rollout.max_new_tokens))
     rollout = session.answers("reference", requests, sampler)
-    measured = {placement: _moved(session, rollout, placement) for placement in ("system", "user")}
+    measured = {placement: moved(session, rollout, placement) for placement in ("system", "user")}
     chosen = max(measured, key=lambda placement: measured[placement])
     figures = ", ".join(f"{placement} turn {nats:.3f}" for placement, nats in measured.items())
     return replace(
@@ -342,17 +343,21 @@ def _place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:
     ), f"the description stands in the {chosen} turn, where it moves the base more (KL from the base, nats a token: {figures})."
 
 
-def _moved(session: Session, rollout: Rollout, placement: str) -> float:
-    """Mean KL(π⁺‖π_ref) over the rollout's tokens, nats; over all behaviours of a mixture."""
-    which = [r for r in readings(session.recipe, placement, "base") if r.name == "reference" or r.name.startswith("wanted")]
+def moved(session: Session, rollout: Rollout, placement: str, *, other: str = "reference") -> float:
+    """Mean KL(π⁺‖π_ref) over the rollout's tokens, nats, or KL(π⁺‖π⁻) with `other` "unwanted"; over all behaviours of a mixture. The base reads.
+
+    nan where there are no two such readings.
+    """
+    which = [r for r in readings(session.recipe, placement, "base") if r.name.startswith(("wanted", other))]
     scores = read(session.policy, session.chat, rollout, which, session.sizes)
     head, total, count = session.policy.head, 0.0, 0
     with torch.no_grad():
         for name in scores.hidden:
-            if name == "reference":
+            against = other if other == "reference" else name.replace("wanted", other, 1)
+            if not name.startswith("wanted") or against not in scores.hidden:
                 continue
-            told_ND, plain_ND = (scores.hidden[n][rollout.mask_BT] for n in (name, "reference"))
+            told_ND, plain_ND = (scores.hidden[n][rollout.mask_BT] for n in (name, against))
             for at in spans(len(told_ND), session.sizes.chunk_tokens):
                 total += float(kl(head(told_ND[at]).log_softmax(-1), head(plain_ND[at]).log_softmax(-1)).sum())
             count += len(told_ND)
-    return total / count
+    return total / count if count else math.nan

@@ -17,6 +17,7 @@ from iqlite.contenders import baseline
 from iqlite.contrast import superior_answers
 from iqlite.peers import _given
 from iqlite.preferences import load_pairs
+from iqlite.records import StepMetrics
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
 from iqlite.session import Session, open_session
@@ -73,7 +74,9 @@ def test_what_was_answered_is_not_asked_again_and_a_cut_line_is(make_run: Callab
     (file,) = (run.path / "answers").iterdir()
     lines = file.read_text("utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:-1]) + lines[-1][:20], "utf-8")
-    assert collect(session, run, who, session.eval.requests, samplers, lambda rows: None) == first and len(asked) == 3
+    again = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
+    assert len(asked) == 3 and [[a.answer for a in seed] for seed in again] == [[a.answer for a in seed] for seed in first]
+    assert again[0] == first[0] and again[1][:-1] == first[1][:-1]  # the one that was cut, and no other
     hotter = [Sampler(0, 6, 2.0, 1.0, "compare")]
     assert collect(session, run, who, session.eval.requests, hotter, lambda rows: None) != first[:1] and len(asked) == 4
 
@@ -102,6 +105,50 @@ def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_r
     assert code == 2 and "'taste' isn't one of" in err
     other = make_run("other", model={"base": str(first.recipe().model.base)}, adapter={"rank": 2})
     assert iqlite("compare", first.path, other.path, "--seeds", "1", "--count", "2")[0] == 0
+    assert {path.name for path in first.path.glob("compare*")} == {"compare.json", "compare-asked.json"}  # neither in the other's place
+    coarse = make_run("coarse", model={"quantization": "nf4"})
+    code, _, err = iqlite("compare", first.path, coarse.path)
+    assert code == 2 and "in nf4 and" in err and err.count("\n") == 1
+
+
+def test_a_run_may_be_called_as_somebody_else_is(iqlite: Callable[..., Any], make_run: Callable[..., RunDir]) -> None:
+    run, others = make_run("mine"), [make_run(name, train={"seed": 1}) for name in ("base", "trained", "ppo")]
+    code, out, err = iqlite("compare", run.path, *(other.path for other in others), "--seeds", "1", "--no-safety", "--json")
+    assert code == 0, err
+    names = [m["name"] for m in json.loads(out)["measures"]]
+    assert names == ["base", "told (system turn)", "told (user turn)", "base (run 2)", "trained (run 2)", "ppo (run 2)", "trained"]
+
+
+def test_the_recipe_s_outside_prompts_are_asked_by_name(
+    iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path
+) -> None:
+    run = make_run("inside")
+    code, _, err = iqlite("compare", run.path, "--prompts", "outside")
+    assert code == 2 and "has no prompts.outside" in err and err.count("\n") == 1
+    (tmp_path / "far.jsonl").write_text("".join(json.dumps({"prompt": f"Far away {n}?"}) + "\n" for n in range(3)))
+    run = make_run("both", prompts={"outside": "far.jsonl"})
+    code, out, err = iqlite("compare", run.path, "--prompts", "outside", "--seeds", "1", "--no-safety", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["prompts"] == 3 and found["asked"] == "outside" and json.loads((run.path / "compare-outside.json").read_text()) == found
+
+
+def test_a_baseline_takes_the_steps_that_the_run_took(make_run: Callable[..., RunDir]) -> None:
+    run = make_run(train={"steps": 5})
+    for step in (1, 2):  # it stopped early
+        run.add_metrics(StepMetrics(step, {"loss": 0.0}))
+    folder = baseline(run, "ppo", lambda text: None)
+    assert json.loads((folder / "baseline.json").read_text())["steps"] == 2
+    run.add_metrics(StepMetrics(3, {"loss": 0.0}))
+    said: list[str] = []
+    assert baseline(run, "ppo", said.append) == folder and "trained for 2 steps, and this run has taken 3" in said[0]
+
+
+def test_what_no_baseline_can_do_is_said_before_any_trains(iqlite: Callable[..., Any], make_run: Callable[..., RunDir]) -> None:
+    first = make_run("first")
+    run = make_run("second", adapter={"start": str(first.adapter)})
+    code, _, err = iqlite("compare", run.path, "--with", "ppo,sft")
+    assert code == 2 and "adapter.start" in err and err.count("\n") == 1 and not (run.path / "baselines").exists()
 
 
 def test_a_model_compared_with_itself_draws(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ def test_the_paired_bootstrap_is_scipy_s() -> None:
     differences = np.random.default_rng(1).normal(0.3, 1.0, (40, 3))
     found = paired(differences)
     theirs = stats.bootstrap((differences.mean(1),), np.mean, method="percentile", n_resamples=20000, rng=2).confidence_interval
+    wider = stats.bootstrap((differences.mean(1),), np.mean, method="percentile", n_resamples=20000, rng=2, confidence_level=0.99).confidence_interval  # fmt: skip
+    of_five = paired(differences, comparisons=5)
+    assert (of_five.low, of_five.high) == pytest.approx((wider.low, wider.high), abs=0.1 * (wider.high - wider.low))
     assert found.value == pytest.approx(differences.mean())
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
 

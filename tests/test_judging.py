@@ -43,7 +43,11 @@ class Front:
                 if fault == "silence":
                     time.sleep(1.5)
                     return
-                if fault.isdigit():
+                if fault == "page":
+                    self._answer(200, b"<html></html>", "text/html")
+                elif fault == "nothing":
+                    self._answer(200, b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}')
+                elif fault.isdigit():
                     self._answer(int(fault), b'{"error": {"message": "fault"}}')
                 elif fault:
                     reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
@@ -56,9 +60,9 @@ class Front:
                     with urllib.request.urlopen(passed, timeout=300) as reply:
                         self._answer(200, reply.read())
 
-            def _answer(self, status: int, body: bytes) -> None:
+            def _answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -130,6 +134,11 @@ def test_both_orders_are_asked_and_cancel_a_position_bias(front: Front, tmp_path
     assert judge.prefers(REQUEST, "seven", "eight") == 0.75
     assert judge.prefers(REQUEST, "same", "same") == 0.5
     assert judge.asked == 8 and judge.tokens == 48 and judge.malformed == 0
+    front.faults = ["A tie.", "It's a draw"]
+    assert judge.prefers(REQUEST, "nine", "ten") == 0.5
+    front.faults = ["<think>A or B? B", "<think>A is warm. B isn't.</think>\n\nA", "<think>hm</think>B"]  # the first is cut
+    assert judge.prefers(REQUEST, "eleven", "twelve") == 1.0 and judge.malformed == 0
+    assert [seen["max_tokens"] for seen in front.seen[-3:]] == [8, 2048, 8]
     texts = [seen["messages"][0]["content"] for seen in front.seen[:2]]
     assert "Answer A:\none\n" in texts[0] and "Answer A:\ntwo\n" in texts[1]
 
@@ -140,6 +149,11 @@ def test_faults_are_waited_out_and_nonsense_is_a_tie(front: Front, tmp_path: Pat
     assert judge.prefers(REQUEST, "one", "two") == 1.0
     front.faults = ["I like bananas."] * 4 + ["A"]
     assert judge.prefers(REQUEST, "three", "four") == 0.25 and judge.malformed == 1
+    front.faults = ["page"]
+    with pytest.raises(RunError, match="ends in /v1"):
+        judge.prefers(REQUEST, "five", "six")
+    front.faults = ["nothing"] * 4 + ["B"]
+    assert judge.prefers(REQUEST, "seven", "eight") == 0.75 and judge.malformed == 2
     front.faults = ["401"]
     with pytest.raises(RunError, match="HTTP 401"):
         judge.prefers(REQUEST, "five", "six")
@@ -182,6 +196,8 @@ def test_a_reward_model_and_a_classifier(tiny: Callable[..., Path], tmp_path: Pa
         name = f"{tmp_path / f'labels{labels}'}" + ("#LABEL_1" if labels == 2 else "")
         expected = logits[0] if labels == 1 else logits.log_softmax(-1)[1]
         assert RewardModel(name).score(REQUEST, "Fine.") == pytest.approx(float(expected), abs=1e-5)
+    less = RewardModel(f"{tmp_path / 'labels2'}#-label_1")
+    assert less.score(REQUEST, "Fine.") == pytest.approx(-float(expected), abs=1e-5)
     with pytest.raises(RunError, match="label_0, label_1"):
         RewardModel(str(tmp_path / "labels2"))
     with pytest.raises(RunError, match="no trained classifier"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import tomli_w
 import torch
 
 from iqlite.curves import Point, of_run, until
+from iqlite.intervals import Estimate
 from iqlite.preferences import Pair
-from iqlite.probing import lint, ranks
+from iqlite.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, lint, ranks, suggested, verdict
 from iqlite.recipe import Recipe, to_data
+from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
 from iqlite.session import Session
 from tests.oracle import superior
@@ -82,13 +85,62 @@ def test_it_says_when_there_is_next_to_nothing_to_learn(
     assert set(tmp_path.rglob("*")) - before == {path}  # nothing is written
 
 
+def voice(name: str, score: float, low: float, nll: float) -> Voice:
+    return Voice(name, score, 0.05, Estimate(score - 0.3, low, score), 1.0, nll, "")
+
+
+def test_nothing_is_recommended_that_harms_or_may_be_chance() -> None:
+    where = Contrast(0.5, 1.0, 0.4, (0.4,) * 4, 0.0, 0.0, 100)
+    base, told = voice("base", 0.3, 0.0, 1.0), voice("told (user turn)", 0.4, -0.1, 1.5)
+    weak, strong, mad = (voice(f"superior, strength {n}", s, low, nll) for n, s, low, nll in ((1, 0.5, 0.1, 2.0), (3, 0.7, 0.2, 2.4), (5, 0.9, 0.5, 2.6)))  # fmt: skip
+    found = [base, told, weak, strong, mad]
+    assert suggested(found) == "superior, strength 3" and verdict(where, found, "tone", 16)[0]
+    assert "strength 3 moves" in verdict(where, found, "tone", 16)[1]  # the best, 5, says what the base finds strange
+    assert suggested([base, told, mad]) is None and not verdict(where, [base, told, mad], "tone", 16)[0]
+    worse = voice("superior, strength 1", 0.2, -0.4, 1.0)
+    assert suggested([base, told, worse]) is None and not verdict(where, [base, told, worse], "tone", 16)[0]
+    assert not verdict(where, found, "tone", 3)[0] and "too few" in verdict(where, found, "tone", 3)[1]
+    assert "next to nothing" in verdict(replace(where, kl_superior=0.001), found, "tone", 16)[1]
+
+
+def test_what_pairs_say_is_said_beside_the_controls() -> None:
+    def ranked(first: Estimate, control: float = 0.5) -> dict[str, Estimate]:
+        return {name: first if name == ESTIMATE else Estimate(control, control - 0.1, control + 0.1) for name in RANKINGS}
+
+    assert "better than every control" in agreement(ranked(Estimate(0.7, 0.6, 0.8)), 100)
+    assert "a control, ranks them as well" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.75), 100)
+    assert "can't be told from chance" in agreement(ranked(Estimate(0.55, 0.45, 0.65)), 100)
+    assert "worse than chance" in agreement(ranked(Estimate(0.3, 0.2, 0.4)), 100)
+
+
+def test_the_readings_differ_by_the_models_own_kl(make_session: Callable[..., Session]) -> None:
+    """KL(π⁺‖π_ref) and KL(π⁺‖π⁻) from whole-sequence logits in float64, as loops."""
+    session = make_session()
+    rollout = session.answers("reference", session.eval.requests, Sampler(0, 6))
+    found, sums, count = contrast(session, rollout), {"reference": 0.0, "unwanted": 0.0}, 0
+    for row, request in enumerate(rollout.requests):
+        answer, logp = rollout.response_ids(row), {}
+        with session.policy.acting_as("reference"):
+            for reading in session.readings:
+                prompt = session.chat.ids(request, reading.description)
+                logits = session.policy.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+                logp[reading.name] = logits.double().log_softmax(-1)
+        for name in sums:
+            sums[name] += sum(
+                float(p.exp() * (p - q)) for a, b in zip(logp["wanted"], logp[name], strict=True) for p, q in zip(a, b, strict=True)
+            )
+        count += len(answer)
+    assert found.kl_wanted == pytest.approx(sums["reference"] / count, rel=1e-3)
+    assert found.kl_opposed == pytest.approx(sums["unwanted"] / count, rel=1e-3)
+    assert contrast(make_session(superior={"estimator": "prompted"}), rollout).kl_opposed is None  # nobody reads the unwanted there
+
+
 def test_a_whole_probe(iqlite: Callable[..., Any], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello!", "rejected": "No."}) + "\n")
     code, out, err = iqlite("probe", recipe_file(), "--prompts", "4", "--strength", "1", "--strength", "3", "--pairs", "pairs.jsonl")
     assert code == 0, err
-    assert (
-        "superior, strength 3" in out and "by quarters" in out and "likelihood, per token" in out and "suggested: superior.strength" in out
-    )
+    assert "superior, strength 3" in out and "by quarters" in out and "likelihood, per token" in out and "suggested: " in out
+    assert "KL(π⁺‖π⁻)" in out and "too few to tell" in out and "can't be told from chance on these 1 pairs" in out
     code, _, err = iqlite("probe", recipe_file(), "--pairs", "none.jsonl")
     assert code == 2 and "none.jsonl can't be read" in err and err.count("\n") == 1
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hello!"}\n')

@@ -212,6 +212,8 @@ def test_a_data_set_folder_is_read_through_datasets(tmp_path: Path) -> None:
     assert [request[-1]["content"] for request in prompts.requests] == FIVE[:4]
     with pytest.raises(PromptsError, match=r"no column 'nothing'; it has: chosen, rejected"):
         load_prompts(source.model_copy(update={"column": "nothing"}), beside=tmp_path, key="prompts.train")
+    with pytest.raises(PromptsError, match=r"no column 'kind'; it has: chosen, rejected"):
+        load_prompts(source.model_copy(update={"category": "kind"}), beside=tmp_path, key="prompts.train")
     with pytest.raises(PromptsError, match="can't be read.*check its split"):
         load_prompts(source.model_copy(update={"split": "validation"}), beside=tmp_path, key="prompts.train")
     with pytest.raises(PromptsError, match="hub can't be reached"):
@@ -236,6 +238,10 @@ def test_a_tenth_is_held_back_where_no_eval_is_given() -> None:
     requests = tuple(({"role": "user", "content": str(n)},) for n in range(25))
     train, held = hold_back(Prompts(requests), "prompts.train")
     assert len(held) == 2 and len(train) == 23 and not set(map(str, held.requests)) & set(map(str, train.requests))
+    assert not train.labels
+    train, held = hold_back(Prompts(requests, (), tuple(str(n) for n in range(25))), "prompts.train")
+    for part in (train, held):
+        assert part.labels == tuple(request[0]["content"] for request in part.requests)
     train, held = hold_back(Prompts(requests[:2]), "prompts.train")
     assert (len(train), len(held)) == (1, 1)
     with pytest.raises(PromptsError, match="one prompt only"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iqlite.answers import Answerer, collect, told_answerers
-from iqlite.card import COMPARISON, adapter_digest
+from iqlite.card import COMPARISON, HELD_OUT, adapter_digest, file_of
 from iqlite.comparison import (
     Answers,
     Figures,
@@ -44,6 +45,8 @@ from iqlite.terminal import clean, harmless, spark, table
 
 EXAMPLE = 400  # characters of an example answer
 TRAINED = "trained"
+OUTSIDE = "outside"  # --prompts outside: the recipe's own prompts.outside
+UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a warning; ours
 JUDGEMENTS = "judgements.jsonl"
 
 
@@ -51,7 +54,7 @@ def run(
     runs: Sequence[Path], *, seeds: int, temperature: float, top_p: float, prompts: Path | None, count: int | None, adapter: str,
     others: Sequence[str], pairs: Path | None, judge: str | None, safety: bool, safety_set: Path | None, as_json: bool, console: Console,
 ) -> int:  # fmt: skip
-    """Answers, measures, prints, and writes compare.json into the first run; returns the exit code."""
+    """Answers, measures, prints, and writes compare.json (compare-STEM.json of other prompts) into the first run; returns the exit code."""
     run_dir = RunDir.open(runs[0])
     start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
@@ -59,8 +62,11 @@ def run(
     wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
     other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in MEASURES else None
     items = load_items(safety_set) if safety else []
-    given = load_asked(prompts) if prompts else None
-    check_methods(others, pairs)
+    outside = prompts == Path(OUTSIDE) and not prompts.exists()
+    if outside and not recipe.prompts.outside:
+        raise RunError(f"--prompts {OUTSIDE}: this run's recipe has no prompts.outside; name a file.")
+    given = load_asked(prompts) if prompts and not outside else None
+    check_methods(others, recipe, pairs)
     more = _others(run_dir, runs[1:], adapter)
     placement = run_dir.environment()["placement"]
     if "superior" in others:
@@ -74,7 +80,9 @@ def run(
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     room = room_of(recipe, session.chat, session.policy.base)
-    asked = session.chat.shorten(given, room, str(prompts), "--prompts") if given else session.eval
+    asked = (
+        session.chat.shorten(given, room, str(prompts), "--prompts") if given else (session.outside if outside else None) or session.eval
+    )
     asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     who = [Answerer("base", "reference"), *told_answerers(session)]
@@ -87,21 +95,21 @@ def run(
 
     names, example = list(answers), _example(asked)
     if isinstance(other_judge, RewardModel):
-        measure, score_KPS = other_judge.name, scores_on(answers, asked.requests, other_judge.score)
+        measure, score_KPS = other_judge.name, _rewarded(answers, asked, other_judge, console)
     else:
         score_KPS = scores(answers, MEASURES[measure])
     if other_judge is None or isinstance(other_judge, RewardModel):
         by, won, games = measure, wins_by_score(names, TRAINED, score_KPS), outcomes(score_KPS)
     else:
-        by, won = judge or "", _judged(answers, asked, other_judge.prefers, console)
+        by, won = judge or "", _judged(answers, asked, other_judge, console)
         games = games_of(names, TRAINED, won)
     rows = [figures(name, given, score_KPS[k], example) for k, (name, given) in enumerate(answers.items())]
-    found = contests(answers, TRAINED, won, score_KPS)
+    found = contests(answers, TRAINED, won, score_KPS, games)
     rated = ratings(answers, games, seeds)
-    safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, safety_set, console) if items else None
+    safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, safety_set, adapter, console) if items else None
     result: dict[str, Any] = {
         "adapter_sha256": adapter_digest(start),
-        "asked": prompts.name if prompts else "held out",
+        "asked": prompts.name if prompts else HELD_OUT,
         "prompts": len(asked),
         "seeds": seeds,
         "temperature": temperature,
@@ -117,15 +125,16 @@ def run(
     }
     if isinstance(other_judge, ModelJudge):
         result["judging"] = {"asked": other_judge.asked, "malformed": other_judge.malformed, "tokens": other_judge.tokens}
-    run_dir.write(COMPARISON, json.dumps(result, indent=2) + "\n")
+    run_dir.write(file_of(COMPARISON, adapter, prompts.stem if prompts else ""), json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps(result))
         return 0
-    _show(console, result, rows, found, rated)
+    _show(console, result, rows, found)
     if isinstance(other_judge, ModelJudge):
-        console.print(
-            f"[dim]the judge was asked {other_judge.asked} times ({other_judge.tokens} tokens); {other_judge.malformed} verdicts couldn't be read and count as ties[/]"
-        )
+        unread = f"{other_judge.malformed} verdicts couldn't be read and count as ties"
+        console.print(f"[dim]the judge was asked {other_judge.asked} times ({other_judge.tokens} tokens); {unread}[/]")
+        if other_judge.malformed > UNREAD * 2 * len(found) * len(asked) * seeds:
+            console.print(f"[bold yellow]{unread}: so many draw every win rate towards 50 %. Take another judge.[/]")
     console.print(f"asked: {clean(asked.requests[example][-1]['content'])}")
     for row in rows:
         console.print(f"[bold]{clean(row.name)}[/]: {clean(row.example, EXAMPLE)}")
@@ -177,11 +186,17 @@ def checkpoints(runs: Sequence[Path], *, judge: str | None, as_json: bool, conso
 def _others(run_dir: RunDir, paths: Sequence[Path], adapter: str) -> dict[str, Path]:
     """Name → adapter of the other runs, each checked to be of the first one's base before anything heavy."""
     found: dict[str, Path] = {}
+    mine = run_dir.recipe().model.quantization
     for path in paths:
-        folder = RunDir.open(path).trained(adapter)
+        other = RunDir.open(path)
+        folder = other.trained(adapter)
         check_adapter_of(run_dir, folder)
+        its = other.recipe().model.quantization
+        if its != mine:
+            raise RunError(f"{path} was trained on its base in {its} and {run_dir.path} in {mine}: one base answers for all, so compare runs of one kind.")  # fmt: skip
         name = path.resolve().name
-        found[str(path) if name in found or name in ("base", TRAINED, *METHODS) else name] = folder
+        names = itertools.chain([name], (f"{name} (run {number})" for number in itertools.count(2)))
+        found[next(one for one in names if one not in found and one not in ("base", TRAINED, *METHODS))] = folder
     return found
 
 
@@ -205,7 +220,6 @@ def _show(
     result: dict[str, Any],
     rows: Sequence[Figures],
     found: Sequence[dict[str, Any]],
-    rated: dict[str, Estimate],
 ) -> None:
     measure, by = result["measure"], result["judge"]
     asked = f"{result['prompts']} prompts × {result['seeds']} seeds, temperature {result['temperature']:g}, top-p {result['top_p']:g}"
@@ -236,18 +250,18 @@ def _show(
         cells = []
         for one in found:
             rate, controlled, name = Estimate(**one["win_rate"]), Estimate(**one["length_controlled"]), one["against"]
-            mine, other = rated[TRAINED], rated[name]
+            ahead = Estimate(**one["elo"])
             cells.append(
                 [
                     clean(_short(name)),
                     rate.percent(),
                     "" if by == "shorter" else controlled.percent(),
                     "yes" if one["significant"] else "no",
-                    f"{mine.value - other.value:+.0f}",
+                    f"{ahead.value:+.0f} ({ahead.low:+.0f}..{ahead.high:+.0f})",
                 ]
             )
-        title = f"{TRAINED} wins by {by} (95 % intervals; ties are halves)"
-        console.print(table(title, ["against", "win rate", "at equal length", "significant", "Elo"], cells))
+        title = f"{TRAINED} wins by {by} (95 % intervals, each by itself; ties are halves)"
+        console.print(table(title, ["against", "win rate", "at equal length", "significant", "Elo above it"], cells))
     if result["safety"]:
         _show_safety(console, result["safety"])
     if result["categories"]:
@@ -257,6 +271,8 @@ def _show(
             for c in result["categories"]
         ]
         console.print(table(f"{measure} by category", ["", "prompts", *map(clean, names), f"{TRAINED} beats base"], cells))
+        if measure in MEASURES and measure != "shorter":
+            console.print(f"[dim]{measure} is read off English words: of other languages it tells little[/]")
 
 
 def _short(name: str) -> str:
@@ -272,7 +288,11 @@ def _show_safety(console: Console, safe: dict[str, Any]) -> None:
         for key, what in shares.items()
         if safe["figures"][names[0]][key] is not None
     ]
-    cells += [[what, *(f"{safe['figures'][n][key]:.2f}" for n in names)] for key, what in gaps.items()]
+    cells += [
+        [what, *("{value:.2f} (chance {chance:.2f})".format(**safe["figures"][n][key]) for n in names)]
+        for key, what in gaps.items()
+        if safe["figures"][names[0]][key] is not None
+    ]
     console.print(table("safety, greedy answers to a small set", ["", *names], cells))
     for sentence in safe["worse"]:
         console.print(f"[bold yellow]{clean(sentence[0].upper() + sentence[1:])}[/]")
@@ -290,20 +310,37 @@ def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
     return found
 
 
-def _judged(answers: Answers, asked: Prompts, prefers: Callable[[Any, str, str], float], console: Console) -> dict[str, Any]:
+def _judged(answers: Answers, asked: Prompts, judge: Any, console: Console) -> dict[str, Any]:
     total = (len(answers) - 1) * len(asked) * len(next(iter(answers.values())))
-    with _progress(console, "judging", quiet=prefers.__qualname__.startswith("Human")) as progress:
+    if isinstance(judge, Human):
+        judge.total = total
+    else:
+        console.print(
+            f"[dim]the judge is asked up to {2 * total} times: {total} pairs, each in both orders; --count and --seeds make it fewer[/]"
+        )
+    with _progress(console, "judging", quiet=isinstance(judge, Human)) as progress:
         task = progress.add_task("", total=total)
-        return wins_by_judge(answers, TRAINED, asked.requests, prefers, lambda done: progress.advance(task, done))
+        return wins_by_judge(answers, TRAINED, asked.requests, judge.prefers, lambda done: progress.advance(task, done))
+
+
+def _rewarded(answers: Answers, asked: Prompts, judge: RewardModel, console: Console) -> Any:
+    with _progress(console, "judging") as progress:
+        task = progress.add_task("", total=len(answers) * len(asked) * len(next(iter(answers.values()))))
+
+        def score(request: Any, text: str) -> float:
+            progress.advance(task)
+            return judge.score(request, text)
+
+        return scores_on(answers, asked.requests, score)
 
 
 def _safety(
-    session: Session, run_dir: RunDir, who: dict[str, Answerer], items: Sequence[Any], own: Path | None, console: Console
+    session: Session, run_dir: RunDir, who: dict[str, Answerer], items: Sequence[Any], own: Path | None, which: str, console: Console
 ) -> dict[str, Any]:
     with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "safety") as progress:
         task = progress.add_task("before and after", total=len(who) * len(items))
         name = {"name": f"the set {own.name}"} if own else {}
-        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who[TRAINED].of, **name)
+        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who[TRAINED].of, which=which, **name)
 
 
 def _progress(console: Console, what: str, *, quiet: bool = False) -> Progress:

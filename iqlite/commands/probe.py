@@ -14,8 +14,8 @@ from rich.progress import Progress
 from iqlite.contrast import check_heard
 from iqlite.intervals import Estimate
 from iqlite.judges import MEASURES
-from iqlite.preferences import load_pairs
-from iqlite.probing import RANKINGS, STRENGTHS, contrast, lint, ranks, suggested, verdict, voices
+from iqlite.preferences import answer_ids, load_pairs
+from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, lint, ranks, suggested, verdict, voices
 from iqlite.recipe import load_recipe
 from iqlite.rollout import Sampler
 from iqlite.session import open_session, within_memory
@@ -31,8 +31,8 @@ def run(
     """Reads, answers, prints; returns the exit code."""
     recipe = load_recipe(recipe_path, overrides)
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})  # the bare base is what is probed
-    strengths = sorted(strengths or STRENGTHS)
     check_heard(recipe)
+    strengths = sorted(strengths or {*STRENGTHS, recipe.superior.settings()["strength"]} - {0.0})
     given = load_pairs(pairs) if pairs else []
     behavior = recipe.behavior
     described = [(behavior.wanted, behavior.unwanted), *((p.wanted, p.unwanted) for p in behavior.mixture)]
@@ -63,12 +63,16 @@ def run(
                 console.print(f"read {read_rows} of {2 * len(given)} answers of pairs, left {duration(left)}", markup=False)
 
         ranked = ranks(session, given, LONGEST, read) if given else {}
-    likely, why = verdict(where, found, name)
+    likely, why = verdict(where, found, name, len(requests))
     best = suggested(found)
+    cut = sum(
+        answer_ids(session.chat, text, LONGEST)[-1] != session.chat.turn_end for pair in given for text in (pair.chosen, pair.rejected)
+    )
+    agrees = agreement({way: Estimate(**one) for way, one in ranked.items()}, len(given)) if given else None
     if as_json:
         result = {
             "likely": likely, "why": why, "measure": name, "prompts": len(requests), "contrast": asdict(where), "voices": [asdict(v) for v in found],
-            "suggested": best, "lint": notes, "pairs": len(given), "ranks": ranked,
+            "suggested": best, "lint": notes, "pairs": len(given), "cut": cut, "ranks": ranked, "agrees": agrees,
         }  # fmt: skip
         print(json.dumps(result))
         return 0
@@ -83,6 +87,9 @@ def run(
     for v in found:
         console.print(f"[bold]{clean(v.name)}[/]: {clean(v.example, EXAMPLE)}")
     by_part = " · ".join(f"{nats:.3f}" for nats in where.kl_by_part)
+    between = {"KL(π⁺‖π_ref)": where.kl_wanted, "KL(π⁺‖π⁻)": where.kl_opposed}
+    if shown := ", ".join(f"{what} {nats:.3f}" for what, nats in between.items() if nats is not None):
+        console.print(f"readings: {shown} nats a token on the base's own answers")
     console.print(
         f"contrast: KL(π_ref‖π̃) {where.kl_superior:.3f} nats a token over {where.tokens} tokens; by quarters of the answer {by_part}"
     )
@@ -90,12 +97,12 @@ def run(
     if given:
         cells = [[way, Estimate(**ranked[way]).percent(), RANKINGS[way]] for way in RANKINGS]
         console.print(table(f"how often the chosen answer of {len(given)} pairs is ranked first", ["by", "chosen first", ""], cells))
-        first = Estimate(**ranked["superior − base, sum"])
-        if not first.low > 0.5:
-            console.print("[yellow]This base's superior estimate ranks these pairs no better than chance.[/]")
+        if cut:
+            console.print(f"[dim]{cut} of {2 * len(given)} answers are longer than {LONGEST} tokens, and were read so far only[/]")
+        console.print(clean(agrees or ""))
     if best:
         console.print(f"suggested: superior.strength = {best.rpartition(' ')[2]}, the weakest within a standard error of the best that isn't much stranger to the base")  # fmt: skip
     else:
-        console.print("suggested: none of these strengths, since all make the answers much stranger to the base; try a lower --strength")
+        console.print("suggested: none of these strengths, since answers score no better than the base's, or are much stranger to it")
     console.print(f"[{'green' if likely else 'bold yellow'}]{clean(why)}[/]")
     return 0
