@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from iqlite.prompts import Chat
 
 MANIFEST = "iqlite-manifest.json"
+BESIDE = (".json", ".md")  # manifest and card of what is one file
 COMPARISON, SAFETY = "compare", "safety"
 HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
-MEASURED = ("compare", "elsewhere", "safety")  # figures of the adapter at scale 1
 
 
 def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,16 +42,13 @@ def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: 
             "compute_dtype": environment["compute_dtype"],
             "device": environment["device"],
         },
-        "figures": _public(
-            {key: value for key, value in figures(run, adapter).items() if made.get("scale", 1) == 1 or key not in MEASURED}
-        ),
+        "figures": _public(figures(run, adapter)),
     }
 
 
 def file_of(name: str, which: str = "adapter", asked: str = "") -> str:
-    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME-STEM.json for other prompts than its own."""
-    parts = [name, *([which] if which != "adapter" else []), *([asked] if asked else [])]
-    return "-".join(parts) + ".json"
+    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME.FILE.json for other prompts than its own."""
+    return name + (f"-{which}" if which != "adapter" else "") + (f".{asked}" if asked else "") + ".json"
 
 
 def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
@@ -86,11 +83,10 @@ def adapter_digest(folder: Path) -> str:
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
     """What got worse in training, as far as it was measured; a sentence each, and that it wasn't where it wasn't."""
     safety, scale = manifest["figures"].get("safety"), manifest["made"].get("scale", 1)
-    if scale != 1:
-        return [f"Nothing was measured at scale {scale:g}: a comparison's figures are of the adapter at scale 1."]
+    said = [] if scale == 1 else [f"Nothing was measured at scale {scale:g}: all figures are of the adapter at scale 1."]
     if safety is None:
-        return ["Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
-    return [f"{sentence[0].upper()}{sentence[1:]}" for sentence in safety["worse"]]
+        return [*said, "Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
+    return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for sentence in safety["worse"])]
 
 
 def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
@@ -123,7 +119,7 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
     lines += [
         "## Figures",
         "",
-        f"Of the adapter on its base in {manifest['trained_with']['quantization']}, before it was made into this.",
+        f"Of the adapter at scale 1 on its base ({manifest['trained_with']['quantization']}), before it was made into this.",
         "",
     ]
     lines += [*(_figure_lines(found) or ["None were measured."]), ""]
@@ -138,8 +134,8 @@ def write_about(path: Path, manifest: Mapping[str, Any], *, peft: bool = False) 
     """Puts manifest and model card into a folder, or beside a file as NAME.json and NAME.md."""
     text = json.dumps(manifest, indent=2) + "\n"
     if path.is_file():
-        path.with_name(f"{path.name}.json").write_text(text, "utf-8")
-        path.with_name(f"{path.name}.md").write_text(model_card(manifest, peft=peft), "utf-8")
+        for ending, about in zip(BESIDE, (text, model_card(manifest, peft=peft)), strict=True):
+            path.with_name(f"{path.name}{ending}").write_text(about, "utf-8")
         return
     (path / MANIFEST).write_text(text, "utf-8")
     (path / "README.md").write_text(model_card(manifest, peft=peft), "utf-8")
@@ -177,17 +173,12 @@ def _safety_lines(found: Mapping[str, Any]) -> list[str]:
         "widest gap in refusals between them": ("refusal_gap", "{:.2f}"),
     }
 
-    def cell(figure: Mapping[str, float] | None, form: str) -> str:
-        return "" if figure is None else form.format(figure["value"]) + (f" (chance {figure['chance']:.2f})" if "chance" in figure else "")
+    def cell(figure: Any, form: str) -> str:
+        return "" if figure is None else form.format(figure["value"] if isinstance(figure, dict) else figure)
 
     lines = [f"| | {' | '.join(figures)} |", "| --- |" + " --- |" * len(figures)]
     lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
-    return [
-        *lines,
-        "",
-        f"Measured on {found['safety']['set']}, by rules: it warns, it doesn't certify. Chance: how often a gap is as wide though groups don't matter.",
-        "",
-    ]
+    return [*lines, "", f"Measured on {found['safety']['set']}, by rules: it warns, it doesn't certify.", ""]
 
 
 def sources(recipe: Recipe) -> list[str]:

@@ -126,7 +126,7 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
                 "win_rate": asdict(rate),
                 "win_rate_by_prompt": asdict(by_prompt),
                 "length_controlled": asdict(controlled),
-                "elo": asdict(Estimate(-below[other].value, -below[other].high, -below[other].low)),
+                "elo": asdict(Estimate(*(0.0 - value for value in (below[other].value, below[other].high, below[other].low)))),
                 "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
                 "significant": rate.excludes(0.5) and by_prompt.excludes(0.5),
             }

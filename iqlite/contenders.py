@@ -35,10 +35,10 @@ def check_methods(names: Sequence[str], recipe: Recipe, pairs: Path | None = Non
         raise RunError(
             f"--with {unknown[0]!r} isn't one of {', '.join(METHODS)}: give names with commas between, such as --with superior,dpo."
         )
-    for name in (name for name in names if name in TRL):
+    if by_trl := [name for name in names if name in TRL]:
         check_trl()
         if recipe.adapter.start is not None:
-            raise RunError(f"{recipe.path}: --with {name} can't go on from adapter.start, as this run did; compare a run without it.")
+            raise RunError(f"{recipe.path}: --with {by_trl[0]} can't go on from adapter.start, as this run did; compare a run without it.")
     if pairs:
         if "dpo" not in names:
             raise RunError(f"--pairs {pairs} is what DPO learns from: add --with dpo.")
@@ -48,7 +48,8 @@ def check_methods(names: Sequence[str], recipe: Recipe, pairs: Path | None = Non
 def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | None = None) -> Path:
     """The adapter of a method in BASELINES under the run's recipe; trained now unless it's there, from where it was interrupted.
 
-    It takes as many steps as the run has taken, which may have stopped before its recipe's. With `pairs` DPO learns from that file.
+    It takes as many steps as the run has taken, which may have stopped before its recipe's, under a whole schedule of that length.
+    With `pairs` DPO learns from that file.
     """
     given = load_pairs(pairs) if pairs else []
     folder = run.path / "baselines" / (f"{name}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}" if given else name)
@@ -61,7 +62,10 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
     recipe, placement = run.recipe(), run.environment()["placement"]
     if steps:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
-    work = RunDir(folder.with_name(f".unfinished-{folder.name}"), "compare again")
+    work = RunDir(folder.with_name(f".unfinished-{folder.name}-{steps}"), "compare again")
+    for other in folder.parent.glob(f".unfinished-{folder.name}-*"):  # of another number of steps
+        if other != work.path:
+            shutil.rmtree(other)
     with within_memory(recipe, "in that file, and compare again"), explained(run.path, work.again):
         if not (work.path / RECORD).is_file():
             work.path.mkdir(parents=True, exist_ok=True)

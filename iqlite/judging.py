@@ -21,7 +21,7 @@ PREFIXES = ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"
 TRIES, TIMEOUT_S = 4, 120.0
 TOKENS, THINKING = 8, 2048  # of a reply, and of one that thinks first
-THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
+THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # templates may open it themselves
 TIE = re.compile(r"\W*(?:it(?:'s| is)\s+)?(?:a\s+)?(?:tie|draw)\b", re.IGNORECASE)
 VERDICT = re.compile(r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])\b", re.IGNORECASE)
 ASKED = """You compare two answers to the same request. {rubric}
@@ -113,17 +113,19 @@ class ModelJudge:
     def _verdict(self, text: str) -> float | None:
         room = TOKENS
         for _ in range(TRIES):
-            said = self._reply(text, room)
+            said, cut = self._reply(text, room)
             reply = THOUGHT.sub("", said)
             if TIE.match(reply):
                 return 0.5
             if letter := VERDICT.match(reply):
                 return {"a": 1.0, "b": 0.0, "t": 0.5}[letter[1].lower()]
-            if not reply.strip():  # nothing but thoughts, here or where the server keeps them apart
-                room = THINKING
+            if cut and room == THINKING:
+                break  # it would say the same again
+            room = THINKING if cut else room
         return None
 
-    def _reply(self, text: str, room: int) -> str:
+    def _reply(self, text: str, room: int) -> tuple[str, bool]:
+        """(what the model says, whether it was cut off)."""
         try:
             import openai
         except ImportError:
@@ -151,7 +153,9 @@ class ModelJudge:
         if not hasattr(found, "choices"):  # a web page, say
             raise RunError(f"the judge at {self.url} doesn't answer as an OpenAI-compatible server does: its address mostly ends in /v1.")
         self.tokens += found.usage.total_tokens if found.usage else 0
-        return (found.choices[0].message.content or "") if found.choices else ""
+        if not found.choices:
+            return "", False
+        return found.choices[0].message.content or "", found.choices[0].finish_reason == "length"
 
 
 @dataclass
@@ -198,12 +202,13 @@ class RewardModel:
     def __init__(self, name: str):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.name, _, label = name.partition("#")
+        folder, _, label = name.partition("#")
+        self.name = name
         self.sign, label = (-1, label[1:]) if label.startswith("-") else (1, label)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise RunError(
@@ -215,7 +220,7 @@ class RewardModel:
         labels = {str(one).lower(): number for number, one in self.model.config.id2label.items()}
         if label.lower() not in labels if label else len(labels) > 1:
             raise RunError(
-                f"the judge {self.name!r} tells {', '.join(labels)} apart: name one of them, such as {self.name}#{next(iter(labels))}."
+                f"the judge {self.name!r} tells {', '.join(labels)} apart: name one of them, such as {folder}#{next(iter(labels))}."
             )
         self.at = labels[label.lower()] if label else 0
         several = self.model.config.problem_type == "multi_label_classification"

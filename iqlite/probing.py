@@ -25,7 +25,7 @@ STRENGTHS = (1.0, 2.0, 3.0, 5.0)
 SAME_SIZE = 1.5  # how much longer one description may be than the other
 WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; ours
 STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the told ones; ours
-FEWEST = 6  # held-out answers without which nothing is said of a difference; ours
+FEWEST = 10  # held-out answers without which nothing is said of a difference; ours
 COMMON = frozenset(
     ("a", "an", "and", "are", "as", "at", "be", "in", "is", "it", "of", "or", "the", "to", "with", "you", "your", "always", "never", "not")
 )
@@ -162,8 +162,16 @@ def verdict(where: Contrast, found: Sequence[Voice], measure: str, answers: int)
             "Add demonstrations, say the behaviour in simpler words, or raise superior.strength."
         )
     if answers < FEWEST:
-        return False, f"{answers} held-out prompts are too few to tell whether training helps: give prompts.eval at least {FEWEST}."
+        return (
+            False,
+            f"{answers} held-out prompts are too few to tell whether training helps: give prompts.eval, and --prompts, at least {FEWEST}.",
+        )
     better = [voice for voice in _sane(found) if voice.difference.low > 0]
+    if better and not any(voice.name.startswith("superior") for voice in better):
+        return False, (
+            f"Training is unlikely to help as the recipe stands: {better[0].name} moves {measure} by {better[0].difference} from the base, but no superior does "
+            'that the base finds sane. Try a lower --strength, or superior.estimator = "prompted".'
+        )
     if not better:
         return False, (
             f"Training is unlikely to help, as far as {measure} tells: neither told nor superior answers that the base finds sane score above the base's beyond chance. "
@@ -190,9 +198,11 @@ def agreement(ranked: Mapping[str, Estimate], pairs: int) -> str:
         return f"This base's superior estimate ranks these {pairs} pairs worse than chance: it prefers what people rejected."
     if not first.low > 0.5:
         return f"This base's superior estimate can't be told from chance on these {pairs} pairs."
-    control = max((name for name, what in RANKINGS.items() if "a control" in what), key=lambda name: ranked[name].value)
-    if ranked[control].value >= first.value:
-        return f"The superior estimate agrees with these pairs beyond chance, but {control}, a control, ranks them as well."
+    reach = {name: abs(ranked[name].value - 0.5) + 0.5 for name, what in RANKINGS.items() if "a control" in what}
+    control = max(reach, key=lambda name: reach[name])
+    if reach[control] >= first.low:
+        how = ", read upside down," if ranked[control].value < 0.5 else ""
+        return f"The superior estimate agrees with these pairs beyond chance, but so does {control}{how} ({reach[control]:.0%}): a control, which knows no description."
     return "The superior estimate agrees with these pairs beyond chance, and better than every control."
 
 

@@ -376,7 +376,7 @@ def hold_back(prompts: Prompts, key: str, share: float = 0.1) -> tuple[Prompts, 
     every = max(2, round(1 / share))
     if len(prompts) < 2:
         raise PromptsError(f"{key} holds one prompt only, and a tenth is held back: give it more, or name prompts.eval.")
-    held = list(range(every - 1, len(prompts), every)) or [len(prompts) - 1]
+    held = range(every - 1, len(prompts), every) or range(len(prompts) - 1, len(prompts))
     kept = [number for number in range(len(prompts)) if number not in held]
 
     def some(numbers: Sequence[int], notes: tuple[str, ...] = ()) -> Prompts:

@@ -91,7 +91,7 @@ class HubPrompts(Table):
     split: Text = Field("train", description="The split to read.")
     column: str | None = Field(None, description="The column that holds the prompt; by default the first known name.")
     folder: str | None = Field(None, description="A folder inside the data set, such as harmless-base.")
-    category: str | None = Field(None, description="The column that a comparison keeps apart; by default category or language.")
+    category: str | None = Field(None, description="The column that a comparison keeps apart; by default category and language.")
     limit: int | None = Field(None, ge=1, description="Read at most this many rows.")
 
 

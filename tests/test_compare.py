@@ -77,8 +77,16 @@ def test_what_was_answered_is_not_asked_again_and_a_cut_line_is(make_run: Callab
     again = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
     assert len(asked) == 3 and [[a.answer for a in seed] for seed in again] == [[a.answer for a in seed] for seed in first]
     assert again[0] == first[0] and again[1][:-1] == first[1][:-1]  # the one that was cut, and no other
+    file.unlink()
+    monkeypatch.setattr("iqlite.answers.TOGETHER", 3)  # kept part by part, from the same noise
+    parts = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
+    assert len(asked) == 3 + 2 * math.ceil(len(session.eval) / 3)
+    assert [[a.answer for a in seed] for seed in parts] == [[a.answer for a in seed] for seed in first]
+    asked.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(Session, "answers", counted)
     hotter = [Sampler(0, 6, 2.0, 1.0, "compare")]
-    assert collect(session, run, who, session.eval.requests, hotter, lambda rows: None) != first[:1] and len(asked) == 4
+    assert collect(session, run, who, session.eval.requests, hotter, lambda rows: None) != first[:1] and len(asked) == 1
 
 
 def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
@@ -96,6 +104,9 @@ def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_r
     for contest in found["contests"]:
         assert 0 <= contest["win_rate"]["low"] <= contest["win_rate"]["value"] <= contest["win_rate"]["high"] <= 1
         assert contest["win_rate"]["value"] == pytest.approx(contest["win_rate_by_prompt"]["value"])
+        ahead, rated = contest["elo"], found["elo"]
+        assert ahead["value"] == pytest.approx(rated["trained"]["value"] - rated[contest["against"]]["value"], abs=1e-3)
+        assert ahead["low"] <= ahead["value"] <= ahead["high"]
     code, shown, _ = iqlite("compare", first.path, second.path, *options)
     assert code == 0 and "trained wins by shorter" in shown and "shorter by category" in shown
     assert shown.strip().splitlines()[-1].startswith("shorter base=")
@@ -105,7 +116,10 @@ def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_r
     assert code == 2 and "'taste' isn't one of" in err
     other = make_run("other", model={"base": str(first.recipe().model.base)}, adapter={"rank": 2})
     assert iqlite("compare", first.path, other.path, "--seeds", "1", "--count", "2")[0] == 0
-    assert {path.name for path in first.path.glob("compare*")} == {"compare.json", "compare-asked.json"}  # neither in the other's place
+    assert {path.name for path in first.path.glob("compare*")} == {
+        "compare.json",
+        "compare.asked.jsonl.json",
+    }  # neither in the other's place
     coarse = make_run("coarse", model={"quantization": "nf4"})
     code, _, err = iqlite("compare", first.path, coarse.path)
     assert code == 2 and "in nf4 and" in err and err.count("\n") == 1
@@ -130,7 +144,7 @@ def test_the_recipe_s_outside_prompts_are_asked_by_name(
     code, out, err = iqlite("compare", run.path, "--prompts", "outside", "--seeds", "1", "--no-safety", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["prompts"] == 3 and found["asked"] == "outside" and json.loads((run.path / "compare-outside.json").read_text()) == found
+    assert found["prompts"] == 3 and found["asked"] == "outside" and json.loads((run.path / "compare.outside.json").read_text()) == found
 
 
 def test_a_baseline_takes_the_steps_that_the_run_took(make_run: Callable[..., RunDir]) -> None:

@@ -51,8 +51,9 @@ class Front:
                     self._answer(int(fault), b'{"error": {"message": "fault"}}')
                 elif fault:
                     reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
-                    message = {"role": "assistant", "content": fault}
-                    reply["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]  # type: ignore[assignment]
+                    message = {"role": "assistant", "content": fault.removeprefix("CUT")}
+                    finish = "length" if fault.startswith("CUT") else "stop"
+                    reply["choices"] = [{"index": 0, "finish_reason": finish, "message": message}]  # type: ignore[assignment]
                     reply["usage"] = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}  # type: ignore[assignment]
                     self._answer(200, json.dumps(reply).encode())
                 else:
@@ -136,9 +137,11 @@ def test_both_orders_are_asked_and_cancel_a_position_bias(front: Front, tmp_path
     assert judge.asked == 8 and judge.tokens == 48 and judge.malformed == 0
     front.faults = ["A tie.", "It's a draw"]
     assert judge.prefers(REQUEST, "nine", "ten") == 0.5
-    front.faults = ["<think>A or B? B", "<think>A is warm. B isn't.</think>\n\nA", "<think>hm</think>B"]  # the first is cut
+    front.faults = ["CUT<think>A or B? B", "<think>A is warm. B isn't.</think>\n\nA", "CUTOkay, A", "Okay, A or B?</think>B"]
     assert judge.prefers(REQUEST, "eleven", "twelve") == 1.0 and judge.malformed == 0
-    assert [seen["max_tokens"] for seen in front.seen[-3:]] == [8, 2048, 8]
+    assert [seen["max_tokens"] for seen in front.seen[-4:]] == [8, 2048, 8, 2048]
+    front.faults = ["CUTBoth", "CUTBoth are"] * 2
+    assert judge.prefers(REQUEST, "thirteen", "fourteen") == 0.5 and judge.malformed == 2 and not front.faults
     texts = [seen["messages"][0]["content"] for seen in front.seen[:2]]
     assert "Answer A:\none\n" in texts[0] and "Answer A:\ntwo\n" in texts[1]
 

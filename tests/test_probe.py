@@ -99,6 +99,10 @@ def test_nothing_is_recommended_that_harms_or_may_be_chance() -> None:
     assert suggested([base, told, mad]) is None and not verdict(where, [base, told, mad], "tone", 16)[0]
     worse = voice("superior, strength 1", 0.2, -0.4, 1.0)
     assert suggested([base, told, worse]) is None and not verdict(where, [base, told, worse], "tone", 16)[0]
+    obeyed = voice("told (user turn)", 0.6, 0.1, 1.5)
+    assert (
+        "no superior does" in verdict(where, [base, obeyed, mad], "tone", 16)[1] and not verdict(where, [base, obeyed, mad], "tone", 16)[0]
+    )
     assert not verdict(where, found, "tone", 3)[0] and "too few" in verdict(where, found, "tone", 3)[1]
     assert "next to nothing" in verdict(replace(where, kl_superior=0.001), found, "tone", 16)[1]
 
@@ -108,7 +112,8 @@ def test_what_pairs_say_is_said_beside_the_controls() -> None:
         return {name: first if name == ESTIMATE else Estimate(control, control - 0.1, control + 0.1) for name in RANKINGS}
 
     assert "better than every control" in agreement(ranked(Estimate(0.7, 0.6, 0.8)), 100)
-    assert "a control, ranks them as well" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.75), 100)
+    assert "so does likelihood, sum (75%)" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.75), 100)
+    assert "so does likelihood, sum, read upside down, (75%)" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.25), 100)
     assert "can't be told from chance" in agreement(ranked(Estimate(0.55, 0.45, 0.65)), 100)
     assert "worse than chance" in agreement(ranked(Estimate(0.3, 0.2, 0.4)), 100)
 

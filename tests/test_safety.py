@@ -29,24 +29,30 @@ ITEMS = [Item("harmful", "a"), Item("harmful", "b"), Item("harmless", "c"), Item
 def test_shares_and_gaps_counted_by_hand() -> None:
     found = measured(answers(NO, YES, NO, YES, "They are wonderful and happy.", "They are awful and cruel."), ITEMS)
     assert found["harmful_compliance"]["value"] == 0.5 and found["over_refusal"]["value"] == 0.5
-    gap = found["tone_gap"]
-    assert gap["value"] == pytest.approx(found["tone_by_group"]["cats"] - found["tone_by_group"]["dogs"]) and gap["value"] > 1
-    assert gap["chance"] == 1.0  # two answers dealt out anew are always as far apart
-    assert found["refusal_gap"] == {"value": 0.0, "chance": 1.0}
+    assert found["tone_gap"] == pytest.approx(found["tone_by_group"]["cats"] - found["tone_by_group"]["dogs"]) and found["tone_gap"] > 1
+    assert found["refusal_gap"] == 0.0
     silent = measured(answers("", "", "", "", "", ""), ITEMS)
     assert silent["harmful_compliance"]["value"] == 0.0 and silent["over_refusal"]["value"] == 0.0
     assert measured(answers(NO), ITEMS[:1])["tone_gap"] is None  # not asked for, so not 0
 
 
-def test_the_chance_of_a_gap_is_that_of_all_deals() -> None:
-    """Two groups, three requests: the means' gap over all 2³ ways to deal each request's two answers out."""
-    said = {"cats": ["wonderful", "happy", "fine"], "dogs": ["awful", "good", "cruel"]}
-    items = [Item("group", f"{g}{k}", g) for g in said for k in range(3)]
-    gap = measured(answers(*said["cats"], *said["dogs"]), items)["tone_gap"]
-    columns = [(tone(a), tone(b)) for a, b in zip(*said.values(), strict=True)]
-    widths = [abs(sum(c[flip] - c[1 - flip] for c, flip in zip(columns, flips, strict=True))) / 3 for flips in product((0, 1), repeat=3)]
-    assert gap["value"] == pytest.approx(widths[0])
-    assert gap["chance"] == pytest.approx(sum(width >= widths[0] - 1e-9 for width in widths) / 8, abs=0.05)
+def test_the_chance_of_a_change_is_that_of_all_swaps() -> None:
+    """Growth of a share and of a gap, over all 2⁴ ways to swap each request's answer before with the one after."""
+    harmful = [Item("harmful", str(n)) for n in range(4)]
+    group = [Item("group", f"{g}{n}", g) for g in ("cats", "dogs") for n in range(2)]
+    cases = {
+        "harmful_compliance": (harmful, [NO, NO, YES, NO], [YES, YES, NO, YES], lambda v: sum(v) / 4, lambda text: float(text == YES)),
+        "tone_gap": (group, ["fine", "good", "fine", "okay"], ["wonderful", "bad", "awful", "cruel"], lambda v: abs(v[0] + v[1] - v[2] - v[3]) / 2, tone),
+    }  # fmt: skip
+    for key, (items, was, is_, figure, measure) in cases.items():
+        found = changes(answers(*was), answers(*is_), items)[key]
+        sides = [[measure(text) for text in texts] for texts in (was, is_)]
+        grown = []
+        for swaps in product((0, 1), repeat=4):
+            mixed = [[sides[side ^ swap][n] for n, swap in enumerate(swaps)] for side in (0, 1)]
+            grown.append(figure(mixed[1]) - figure(mixed[0]))
+        assert found["value"] == pytest.approx(grown[0])
+        assert found["chance"] == pytest.approx(sum(one >= grown[0] - 1e-9 for one in grown) / 16, abs=0.04)
 
 
 def test_what_got_worse_is_said() -> None:
@@ -57,10 +63,10 @@ def test_what_got_worse_is_said() -> None:
         texts = [NO] * refused + [YES] * (8 - refused) + [NO] * over + [YES] * (8 - over) + [text for text in said for _ in range(8)]
         return answers(*texts), measured(answers(*texts), items)
 
-    (said, before), (later, after) = found(8, 0, "Fine.", "Fine."), found(4, 1, "Wonderful and happy.", "Awful and cruel.")
+    (said, before), (later, after) = found(8, 0, "Fine.", "Fine."), found(2, 1, "Wonderful and happy.", "Awful and cruel.")
     sentences = worse(before, after, changes(said, later, items))
-    assert len(sentences) == 3 and "50% instead of 0%." in sentences[0] and "tone" in sentences[2]
-    assert "refused" in sentences[1] and "12% instead of 0% (so few may be chance)" in sentences[1]
+    assert len(sentences) == 3 and "75% instead of 0%." in sentences[0] and "tone" in sentences[2]
+    assert "refused" in sentences[1] and "12% instead of 0% (which may be chance)" in sentences[1]
     assert worse(after, before, changes(later, said, items)) == []
 
 
@@ -93,12 +99,15 @@ def test_compare_measures_it_and_merge_and_export_pass_it_on(
     assert "More harmful requests are granted" in out and "More harmful" in (tmp_path / "after" / "README.md").read_text()
     code, out, _ = iqlite("merge", run.path, "-o", "louder", "--scale", "3", "--no-check")
     card = (tmp_path / "louder" / "README.md").read_text()
-    assert "Nothing was measured at scale 3" in out and "Nothing was measured at scale 3" in card and "More harmful" not in out + card
-    assert "held out" not in card  # nor are a comparison's figures passed on
+    assert all("Nothing was measured at scale 3" in text and "More harmful" in text for text in (out, card))
     code, _, err = iqlite("compare", run.path, "--seeds", "1", "--prompts", "mine.jsonl", "--no-safety")
     assert code == 0, err
     code, out, _ = iqlite("export", run.path, "--to", "gguf-adapter", "-o", "a.gguf")
+    assert code == 0
     card = (tmp_path / "a.gguf.md").read_text()
+    (tmp_path / "b.gguf.md").write_text("mine")
+    code, _, err = iqlite("export", run.path, "--to", "gguf-adapter", "-o", "b.gguf")
+    assert code == 2 and "b.gguf.md exists already" in err and not (tmp_path / "b.gguf").exists()
     assert "(held out)" in card and "(mine.jsonl)" in card and "More harmful" in card
 
 

@@ -54,7 +54,7 @@ def run(
     runs: Sequence[Path], *, seeds: int, temperature: float, top_p: float, prompts: Path | None, count: int | None, adapter: str,
     others: Sequence[str], pairs: Path | None, judge: str | None, safety: bool, safety_set: Path | None, as_json: bool, console: Console,
 ) -> int:  # fmt: skip
-    """Answers, measures, prints, and writes compare.json (compare-STEM.json of other prompts) into the first run; returns the exit code."""
+    """Answers, measures, prints, and writes compare.json (compare.FILE.json of other prompts) into the first run; returns the exit code."""
     run_dir = RunDir.open(runs[0])
     start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
@@ -125,7 +125,7 @@ def run(
     }
     if isinstance(other_judge, ModelJudge):
         result["judging"] = {"asked": other_judge.asked, "malformed": other_judge.malformed, "tokens": other_judge.tokens}
-    run_dir.write(file_of(COMPARISON, adapter, prompts.stem if prompts else ""), json.dumps(result, indent=2) + "\n")
+    run_dir.write(file_of(COMPARISON, adapter, prompts.name if prompts else ""), json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps(result))
         return 0
@@ -289,7 +289,7 @@ def _show_safety(console: Console, safe: dict[str, Any]) -> None:
         if safe["figures"][names[0]][key] is not None
     ]
     cells += [
-        [what, *("{value:.2f} (chance {chance:.2f})".format(**safe["figures"][n][key]) for n in names)]
+        [what, *(f"{safe['figures'][n][key]:.2f}" for n in names)]
         for key, what in gaps.items()
         if safe["figures"][names[0]][key] is not None
     ]
@@ -316,7 +316,7 @@ def _judged(answers: Answers, asked: Prompts, judge: Any, console: Console) -> d
         judge.total = total
     else:
         console.print(
-            f"[dim]the judge is asked up to {2 * total} times: {total} pairs, each in both orders; --count and --seeds make it fewer[/]"
+            f"[dim]the judge is asked some {2 * total} times: {total} pairs, each in both orders; --count and --seeds make it fewer[/]"
         )
     with _progress(console, "judging", quiet=isinstance(judge, Human)) as progress:
         task = progress.add_task("", total=total)

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from iqlite.card import MANIFEST, manifest, warnings, write_about
+from iqlite.card import BESIDE, MANIFEST, manifest, warnings, write_about
 from iqlite.errors import RunError
 from iqlite.gguf_files import find_gguf
 from iqlite.gguf_writing import check_quant, quantize_with, write_adapter, write_model
 from iqlite.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
 from iqlite.memory import shape_of
-from iqlite.rundir import check_space, explained, leaving, replace_with
+from iqlite.rundir import check_place, check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}  # a weight; the others take less than q8_0, through a float16 file
@@ -37,6 +37,8 @@ def run(
 ) -> int:
     """Exports; returns the exit code. What can be refused is refused before torch is imported."""
     run_dir, folder = leaving(run_path, adapter, out, MANIFEST, strength=strength, force=force)
+    for beside in (out.with_name(f"{out.name}{ending}") for ending in BESIDE if to.startswith("gguf")):
+        check_place(beside, MANIFEST, force=force)
     recipe = run_dir.recipe()
     original = find_gguf(recipe.model.base, recipe.folder)
     small = to == "gguf-adapter" or (to == "ollama" and original is not None)  # only the adapter is written
