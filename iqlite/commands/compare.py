@@ -254,14 +254,13 @@ def _show(
             cells.append(
                 [
                     clean(_short(name)),
-                    rate.percent(),
+                    rate.percent() + (" *" if one["significant"] else "  "),
                     "" if by == "shorter" else controlled.percent(),
-                    "yes" if one["significant"] else "no",
                     f"{ahead.value:+.0f} ({ahead.low:+.0f}..{ahead.high:+.0f})",
                 ]
             )
-        title = f"{TRAINED} wins by {by} (95 % intervals, each by itself; ties are halves)"
-        console.print(table(title, ["against", "win rate", "at equal length", "significant", "Elo above it"], cells))
+        title = f"{TRAINED} wins by {by} (95 % intervals; * significant by itself; ties are halves)"
+        console.print(table(title, ["against", "win rate", "at equal length", "Elo above it"], cells))
     if result["safety"]:
         _show_safety(console, result["safety"])
     if result["categories"]:
