@@ -12,7 +12,7 @@ from iqlite import __version__
 from iqlite.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from iqlite.monitors import HELD_OUT_KL
 from iqlite.recipe import HubPrompts, Recipe
-from iqlite.rundir import RunDir, locked
+from iqlite.rundir import RESULT, RunDir, locked
 
 if TYPE_CHECKING:
     from iqlite.prompts import Chat
@@ -58,10 +58,14 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     """
     evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
     found: dict[str, Any] = {}
-    if evaluated:
-        found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": evaluated[-1][HELD_OUT_KL]}
-        found["steps"] = evaluated[-1]["step"]
     digest = adapter_digest(adapter)
+    if evaluated:
+        last = evaluated[-1]
+        if run.best.is_dir() and adapter_digest(run.best) == digest:  # after a monitor's stop the run's adapter is the best one, too
+            ended = json.loads((run.path / RESULT).read_text("utf-8")) if (run.path / RESULT).is_file() else {}
+            last = next((line for line in evaluated if line["step"] == ended.get("best_step")), last)
+        found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
+        found["steps"] = last["step"]
     for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
         one = json.loads(file.read_text("utf-8"))
         if one.get("adapter_sha256") != digest:

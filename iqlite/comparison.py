@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from iqlite.answers import Answer
-from iqlite.intervals import Array, Estimate, elo, length_controlled, paired, wilson
+from iqlite.intervals import Array, Estimate, length_controlled, paired, wilson
 from iqlite.judges import distinct, refusal, repetition, tone, well_formed, words
 from iqlite.records import Messages
 
 Answers = Mapping[str, Sequence[Sequence[Answer]]]
 """Answerer → [seed][prompt]."""
+Ratings = Sequence[Sequence[Estimate]]
+"""[i][j]: by how many Elo points answerer i is above j."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,11 @@ def games_of(names: Sequence[str], focus: str, won: Mapping[str, Array]) -> Arra
     return games
 
 
-def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: Array, games_PKK: Array) -> list[dict[str, Any]]:
+def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: Array, rated: Ratings) -> list[dict[str, Any]]:
     """`focus` against everybody else: win rate with Wilson's interval and by resampling prompts, length-controlled, differences in score and Elo."""
     names = list(answers)
     at = names.index(focus)
     length_KPS = scores(answers, lambda text: float(words(text)))
-    below = elo(games_PKK, at, score_KPS.shape[-1])
     found = []
     for name, won_PS in won.items():
         other = names.index(name)
@@ -126,17 +127,12 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
                 "win_rate": asdict(rate),
                 "win_rate_by_prompt": asdict(by_prompt),
                 "length_controlled": asdict(controlled),
-                "elo": asdict(Estimate(*(0.0 - value for value in (below[other].value, below[other].high, below[other].low)))),
+                "elo": asdict(rated[at][other]),
                 "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
                 "significant": rate.excludes(0.5) and by_prompt.excludes(0.5),
             }
         )
     return found
-
-
-def ratings(answers: Answers, games_PKK: Array, seeds: int) -> dict[str, Estimate]:
-    """Elo by answerer; the first one's is 0."""
-    return dict(zip(answers, elo(games_PKK, 0, seeds), strict=True))
 
 
 def by_category(answers: Answers, won: Mapping[str, Array], score_KPS: Array, labels: Sequence[str]) -> list[dict[str, Any]]:

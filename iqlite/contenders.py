@@ -62,8 +62,8 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
     recipe, placement = run.recipe(), run.environment()["placement"]
     if steps:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
-    work = RunDir(folder.with_name(f".unfinished-{folder.name}-{steps}"), "compare again")
-    for other in folder.parent.glob(f".unfinished-{folder.name}-*"):  # of another number of steps
+    work = RunDir(folder.with_name(f".unfinished-{folder.name}.{steps}"), "compare again")
+    for other in folder.parent.glob(f".unfinished-{folder.name}.*"):  # of another number of steps
         if other != work.path:
             shutil.rmtree(other)
     with within_memory(recipe, "in that file, and compare again"), explained(run.path, work.again):

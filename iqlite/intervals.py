@@ -67,18 +67,18 @@ def outcomes(scores_KPS: Array) -> Array:
     return found
 
 
-def elo(outcome_PKK: Array, anchor: int = 0, seeds: int = 1) -> list[Estimate]:
-    """Elo of every answerer, the anchor's being 0: the Bradley–Terry fit, intervals by resampling prompts.
+def elo(outcome_PKK: Array, seeds: int = 1) -> list[list[Estimate]]:
+    """[i][j]: by how many Elo points i is above j. The Bradley–Terry fit, intervals by resampling prompts.
 
     `seeds` answers to each prompt count as so many games; one virtual draw between any two is added.
     """
     prompts = len(outcome_PKK)
     point = _strengths(outcome_PKK.sum(0)[None] * seeds)[0]
     drawn_RKK = np.einsum("rp,pij->rij", _resampled(prompts) * prompts, outcome_PKK) * seeds
-    drawn = _strengths(drawn_RKK)
-    point, drawn = ELO * (point - point[anchor]), ELO * (drawn - drawn[:, anchor : anchor + 1])
+    drawn_RK = _strengths(drawn_RKK)
+    above, drawn = ELO * (point[:, None] - point), ELO * (drawn_RK[:, :, None] - drawn_RK[:, None])
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    return [Estimate(*map(float, one)) for one in zip(point, low, high, strict=True)]
+    return [[Estimate(*map(float, one)) for one in zip(*rows, strict=True)] for rows in zip(above, low, high, strict=True)]
 
 
 def length_controlled(won: Array, length: Array, other_length: Array) -> Estimate:

@@ -81,7 +81,7 @@ class ModelJudge:
 
     A server that is busy or silent is asked again, up to four times, with longer and longer pauses (the client's own doing); a verdict that
     isn't one of A, B, T is asked for again, with more room where the model thinks first, and then counts as a tie. `asked`, `malformed` and
-    `tokens` say what it took. The key, where one is needed, comes from IQLITE_JUDGE_KEY.
+    `tokens` say what it took, `thinks` that it takes no other limits. The key, where one is needed, comes from IQLITE_JUDGE_KEY.
     """
 
     url: str
@@ -92,6 +92,7 @@ class ModelJudge:
     asked: int = 0
     malformed: int = 0
     tokens: int = 0
+    thinks: bool = False
 
     def prefers(self, request: Messages, first: str, second: str) -> float:
         """The mean of both orders: 1, 0.5 or 0 where they agree, a half where they don't."""
@@ -132,16 +133,14 @@ class ModelJudge:
             raise RunError("a judging model needs the openai client: pip install 'iqlite[compare]'.") from None
 
         client = openai.OpenAI(base_url=self.url, api_key=os.environ.get(KEY, "none"), timeout=self.timeout, max_retries=TRIES)
-        asked: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "model": self.model}
+        limits: dict[str, Any] = {"max_completion_tokens": THINKING} if self.thinks else {"max_tokens": room, "temperature": 0.0, "seed": 0}
         self.asked += 1
         try:
-            try:
-                found = client.chat.completions.create(**asked, max_tokens=room, temperature=0.0, seed=0)
-            except openai.BadRequestError as error:  # hosted models that think take neither
-                if "max_tokens" not in str(error.message) and "temperature" not in str(error.message):
-                    raise
-                found = client.chat.completions.create(**asked, max_completion_tokens=THINKING)
+            found = client.chat.completions.create(messages=[{"role": "user", "content": text}], model=self.model, **limits)
         except openai.APIStatusError as error:
+            if error.status_code == 400 and not self.thinks and any(name in str(error.message) for name in limits):
+                self.thinks = True  # hosted models that think don't take these
+                return self._reply(text, room)
             said = _printable(str(error.message))[:200]
             raise RunError(
                 f"the judge at {self.url} refuses (HTTP {error.status_code}: {said}): check the model's name and {KEY}; verdicts so far are kept."

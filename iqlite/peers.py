@@ -149,8 +149,8 @@ def _given(session: Session, pairs: Sequence[Pair], count: int) -> tuple[list[di
     rows = [
         {
             "prompt_ids": chat.ids(chat.cut(pairs[number].request, room)),
-            "chosen_ids": answer_ids(chat, pairs[number].chosen, longest),
-            "rejected_ids": answer_ids(chat, pairs[number].rejected, longest),
+            "chosen_ids": answer_ids(chat, pairs[number].chosen)[:longest],
+            "rejected_ids": answer_ids(chat, pairs[number].rejected)[:longest],
         }
         for number in chosen
     ]

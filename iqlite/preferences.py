@@ -44,7 +44,6 @@ def load_pairs(path: Path) -> list[Pair]:
     return found
 
 
-def answer_ids(chat: Chat, text: str, longest: int) -> list[int]:
-    """The ids of a whole answer with the end of its turn, or its first `longest` without: one that is cut hasn't ended."""
-    ids: list[int] = chat.tokenizer(text, add_special_tokens=False).input_ids
-    return [*ids, chat.turn_end] if len(ids) < longest else ids[:longest]
+def answer_ids(chat: Chat, text: str) -> list[int]:
+    """The ids of an answer with the end of its turn; one that is cut loses that first, since it hasn't ended."""
+    return [*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.turn_end]

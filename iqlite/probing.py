@@ -4,10 +4,8 @@ which strength, and whether human preferences agree."""
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -206,15 +204,15 @@ def agreement(ranked: Mapping[str, Estimate], pairs: int) -> str:
     return "The superior estimate agrees with these pairs beyond chance, and better than every control."
 
 
-def ranks(session: Session, pairs: Sequence[Pair], longest: int, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """How often each way to rank puts the chosen answer first: share with Wilson's interval. Answers are read up to `longest` tokens."""
+def ranks(session: Session, pairs: Sequence[Pair], longest: int, progress: Callable[[int], None]) -> tuple[dict[str, Estimate], int]:
+    """How often each way to rank puts the chosen answer first, with Wilson's interval; how many answers were cut at `longest` tokens."""
     sides = {side: _values(session, [(p.request, getattr(p, side)) for p in pairs], longest, progress) for side in ("chosen", "rejected")}
     found = {}
     for name in RANKINGS:
         first, second = (_ranking(name, sides[side]) for side in ("chosen", "rejected"))
         won = float((first > second).sum() + 0.5 * (first == second).sum())
-        found[name] = asdict(wilson(won, len(pairs)))
-    return found
+        found[name] = wilson(won, len(pairs))
+    return found, sum(int((values["length"] > longest).sum()) for values in sides.values())
 
 
 def _ranking(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -233,7 +231,8 @@ def _values(
     step = 16
     for at in range(0, len(answers), step):
         part = answers[at : at + step]
-        ids = [answer_ids(chat, text, longest) for _, text in part]
+        whole = [answer_ids(chat, text) for _, text in part]
+        ids = [row[:longest] for row in whole]
         width = max(map(len, ids))
         tokens_BT = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask_BT = torch.arange(width)[None] < torch.tensor([[len(row)] for row in ids])
@@ -246,6 +245,6 @@ def _values(
             per_BT[mask_BT] = values[name]
             found[name] += per_BT.double().sum(-1).tolist()
         found["tokens"] += mask_BT.sum(-1).tolist()
-        found["length"] += [len(answer_ids(chat, text, sys.maxsize)) for _, text in part]
+        found["length"] += map(len, whole)
         progress(len(part))
     return {name: np.array(value) for name, value in found.items()}

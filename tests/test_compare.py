@@ -147,6 +147,10 @@ def test_the_recipe_s_outside_prompts_are_asked_by_name(
     assert found["prompts"] == 3 and found["asked"] == "outside" and json.loads((run.path / "compare.outside.json").read_text()) == found
 
 
+def interrupt(_: str) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_baseline_takes_the_steps_that_the_run_took(make_run: Callable[..., RunDir]) -> None:
     run = make_run(train={"steps": 5})
     for step in (1, 2):  # it stopped early
@@ -154,6 +158,12 @@ def test_a_baseline_takes_the_steps_that_the_run_took(make_run: Callable[..., Ru
     folder = baseline(run, "ppo", lambda text: None)
     assert json.loads((folder / "baseline.json").read_text())["steps"] == 2
     run.add_metrics(StepMetrics(3, {"loss": 0.0}))
+    others = [run.path / "baselines" / f".unfinished-{name}" for name in ("sft.2", "sft-12345678.2", "sft.3")]
+    for other in others:
+        other.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        baseline(run, "sft", interrupt)
+    assert [other.exists() for other in others] == [False, True, True]  # of other steps; of other pairs; the one that goes on
     said: list[str] = []
     assert baseline(run, "ppo", said.append) == folder and "trained for 2 steps, and this run has taken 3" in said[0]
 

@@ -46,7 +46,12 @@ def test_elo_is_a_logistic_regression_on_who_met_whom() -> None:
                 won.append(result)
                 weight.append(count)
     fit = sm.GLM(won, np.array(rows)[:, 1:], family=sm.families.Binomial(), freq_weights=weight).fit()
-    found = elo(games)
+    table = elo(games)
+    found = [above[0] for above in table]
+    for i in range(4):  # the other way round
+        for j in range(4):
+            one, other = table[i][j], table[j][i]
+            assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low), abs=1e-6)
     assert found[0].value == 0 and found[0].low == 0
     assert [e.value for e in found[1:]] == pytest.approx(ELO * fit.params, abs=0.01)
     for one, strength in zip(found, true - true[0], strict=True):
@@ -55,7 +60,7 @@ def test_elo_is_a_logistic_regression_on_who_met_whom() -> None:
 
 def test_elo_of_two_is_the_closed_form_and_a_sweep_is_finite() -> None:
     games = outcomes(np.stack([np.zeros((10, 1)), np.ones((10, 1))]))
-    assert elo(games)[1].value == pytest.approx(400 * np.log10(10.5 / 0.5), abs=1e-3)
+    assert elo(games)[1][0].value == pytest.approx(400 * np.log10(10.5 / 0.5), abs=1e-3)
 
 
 def test_length_control_is_a_logit_on_the_difference_in_length() -> None:
@@ -82,11 +87,11 @@ def test_who_is_compared_with_itself_neither_wins_nor_loses() -> None:
         rate = wilson(games[:, 1, 0].sum() * 2, 80)
         held += [
             not rate.excludes(0.5),
-            not elo(games, seeds=2)[1].excludes(0.0),
+            not elo(games, seeds=2)[1][0].excludes(0.0),
             not paired(scores[1] - scores[0]).excludes(0.0),
             not paired(games[:, 1, 0:1] - 0.5).excludes(0.0),
         ]
     assert (held / 400 > 0.9).all(), held / 400
     same = np.random.default_rng(0).normal(size=(1, 30, 2)).repeat(2, 0)
-    found = elo(outcomes(same))[1]
+    found = elo(outcomes(same))[1][0]
     assert found.value == pytest.approx(0, abs=1e-6) and wilson(outcomes(same)[:, 1, 0].sum(), 30).value == 0.5

@@ -47,6 +47,8 @@ class Front:
                     self._answer(200, b"<html></html>", "text/html")
                 elif fault == "nothing":
                     self._answer(200, b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}')
+                elif fault == "picky" and "max_tokens" in front.seen[-1]:
+                    self._answer(400, b'{"error": {"message": "max_tokens is not supported, use max_completion_tokens"}}')
                 elif fault.isdigit():
                     self._answer(int(fault), b'{"error": {"message": "fault"}}')
                 elif fault:
@@ -140,6 +142,10 @@ def test_both_orders_are_asked_and_cancel_a_position_bias(front: Front, tmp_path
     front.faults = ["CUT<think>A or B? B", "<think>A is warm. B isn't.</think>\n\nA", "CUTOkay, A", "Okay, A or B?</think>B"]
     assert judge.prefers(REQUEST, "eleven", "twelve") == 1.0 and judge.malformed == 0
     assert [seen["max_tokens"] for seen in front.seen[-4:]] == [8, 2048, 8, 2048]
+    front.faults = ["picky", "B", "A"]
+    hosted = ModelJudge(front.url, "m", "", Kept(tmp_path / "hosted.jsonl"))
+    assert hosted.prefers(REQUEST, "one", "two") == 0.0 and hosted.asked == 3  # refused once, and not asked that way again
+    assert ["max_completion_tokens" in seen for seen in front.seen[-3:]] == [False, True, True]
     front.faults = ["CUTBoth", "CUTBoth are"] * 2
     assert judge.prefers(REQUEST, "thirteen", "fourteen") == 0.5 and judge.malformed == 2 and not front.faults
     texts = [seen["messages"][0]["content"] for seen in front.seen[:2]]

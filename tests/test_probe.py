@@ -39,7 +39,12 @@ def test_pairs_are_ranked_as_the_oracle_ranks_them(make_session: Callable[..., S
     settings = {"strength": 2.0, "clip": 4.0, "plausibility": 1e-3}
     session = make_session(superior=settings)
     pairs = [Pair(({"role": "user", "content": f"Question {n}?"},), "Yes it is " * (n + 1), "No, never. " * (4 - n)) for n in range(4)]
-    found = ranks(session, pairs, 64, lambda rows: None)
+    found, cut = ranks(session, pairs, 64, lambda rows: None)
+    assert cut == 0 and ranks(session, pairs, 8, lambda rows: None)[1] == sum(
+        len(session.chat.tokenizer(text.strip(), add_special_tokens=False).input_ids) + 1 > 8
+        for pair in pairs
+        for text in (pair.chosen, pair.rejected)
+    )
 
     def sums(request: Any, text: str) -> tuple[float, float, int]:
         answer = [*session.chat.tokenizer(text.strip(), add_special_tokens=False).input_ids, session.chat.turn_end]
@@ -57,11 +62,11 @@ def test_pairs_are_ranked_as_the_oracle_ranks_them(make_session: Callable[..., S
         return reward, logp, len(answer)
 
     values = [(sums(p.request, p.chosen), sums(p.request, p.rejected)) for p in pairs]
-    assert found["superior − base, sum"]["value"] == sum(c[0] > r[0] for c, r in values) / 4
-    assert found["superior − base, per token"]["value"] == sum(c[0] / c[2] > r[0] / r[2] for c, r in values) / 4
-    assert found["likelihood, sum"]["value"] == sum(c[1] > r[1] for c, r in values) / 4
-    assert found["likelihood, per token"]["value"] == sum(c[1] / c[2] > r[1] / r[2] for c, r in values) / 4
-    assert found["the shorter answer"]["value"] == sum(c[2] < r[2] for c, r in values) / 4
+    assert found["superior − base, sum"].value == sum(c[0] > r[0] for c, r in values) / 4
+    assert found["superior − base, per token"].value == sum(c[0] / c[2] > r[0] / r[2] for c, r in values) / 4
+    assert found["likelihood, sum"].value == sum(c[1] > r[1] for c, r in values) / 4
+    assert found["likelihood, per token"].value == sum(c[1] / c[2] > r[1] / r[2] for c, r in values) / 4
+    assert found["the shorter answer"].value == sum(c[2] < r[2] for c, r in values) / 4
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 from iqlite.answers import Answer
-from iqlite.card import warnings
+from iqlite.card import figures, warnings
 from iqlite.judges import tone
+from iqlite.records import StepMetrics
 from iqlite.rundir import RunDir
 from iqlite.safety import Item, changes, load_items, measured, worse
 
@@ -120,3 +122,16 @@ def test_a_bad_set_is_one_sentence(line: str, tmp_path: Path, iqlite: Callable[.
 
 def test_a_manifest_without_figures_says_so() -> None:
     assert "weren't measured" in warnings({"figures": {}, "made": {}})[0]
+
+
+def test_the_best_adapter_has_its_own_held_out_figures(make_run: Callable[..., RunDir]) -> None:
+    run = make_run()
+    for step, kl in enumerate((1.0, 0.4, 0.7)):
+        run.add_metrics(StepMetrics(step, {"eval/kl_policy_superior": kl}))
+    run.write_result({"step": 2, "best_step": 1})
+    shutil.copytree(run.adapter, run.best)
+    config = run.best / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1.0}))
+    found = [figures(run, folder) for folder in (run.adapter, run.best)]
+    assert [one["held_out_kl_policy_superior"] for one in found] == [{"before": 1.0, "after": 0.7}, {"before": 1.0, "after": 0.4}]
+    assert [one["steps"] for one in found] == [2, 1]

@@ -22,7 +22,6 @@ from iqlite.comparison import (
     contests,
     figures,
     games_of,
-    ratings,
     scores,
     scores_on,
     wins_by_judge,
@@ -32,7 +31,7 @@ from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_method
 from iqlite.contrast import check_heard
 from iqlite.curves import Point, of_baseline, of_run, until
 from iqlite.errors import RunError
-from iqlite.intervals import Estimate, outcomes
+from iqlite.intervals import Estimate, elo, outcomes
 from iqlite.judges import MEASURES
 from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
 from iqlite.prompts import load_asked
@@ -80,9 +79,9 @@ def run(
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     room = room_of(recipe, session.chat, session.policy.base)
-    asked = (
-        session.chat.shorten(given, room, str(prompts), "--prompts") if given else (session.outside if outside else None) or session.eval
-    )
+    asked = session.outside if outside and session.outside else session.eval
+    if given:
+        asked = session.chat.shorten(given, room, str(prompts), "--prompts")
     asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     who = [Answerer("base", "reference"), *told_answerers(session)]
@@ -104,8 +103,8 @@ def run(
         by, won = judge or "", _judged(answers, asked, other_judge, console)
         games = games_of(names, TRAINED, won)
     rows = [figures(name, given, score_KPS[k], example) for k, (name, given) in enumerate(answers.items())]
-    found = contests(answers, TRAINED, won, score_KPS, games)
-    rated = ratings(answers, games, seeds)
+    rated = elo(games, seeds)
+    found = contests(answers, TRAINED, won, score_KPS, rated)
     safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, safety_set, adapter, console) if items else None
     result: dict[str, Any] = {
         "adapter_sha256": adapter_digest(start),
@@ -119,7 +118,7 @@ def run(
         "judge": by.rpartition("#")[2] if isinstance(other_judge, ModelJudge) else by,
         "measures": [asdict(row) for row in rows],
         "contests": found,
-        "elo": {name: asdict(one) for name, one in rated.items()},
+        "elo": {name: asdict(above[0]) for name, above in zip(names, rated, strict=True)},
         "categories": by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
         "safety": safe,
     }
@@ -302,6 +301,7 @@ def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
     if name == "me":
         if not console.is_terminal:
             raise RunError("--judge me asks in a terminal: run it there, or name another judge.")
+        console.print(clean(rubric))
         return Human(console.input, lambda text: console.print(harmless(text), markup=False), Kept(run_dir.path / JUDGEMENTS))
     found = named(name, rubric, run_dir.path / JUDGEMENTS)
     if found is None:

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from iqlite.contrast import check_heard
-from iqlite.intervals import Estimate
 from iqlite.judges import MEASURES
-from iqlite.preferences import answer_ids, load_pairs
+from iqlite.preferences import load_pairs
 from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, lint, ranks, suggested, verdict, voices
 from iqlite.recipe import load_recipe
 from iqlite.rollout import Sampler
@@ -62,17 +61,14 @@ def run(
             if progress.disable:
                 console.print(f"read {read_rows} of {2 * len(given)} answers of pairs, left {duration(left)}", markup=False)
 
-        ranked = ranks(session, given, LONGEST, read) if given else {}
+        ranked, cut = ranks(session, given, LONGEST, read) if given else ({}, 0)
     likely, why = verdict(where, found, name, len(requests))
     best = suggested(found)
-    cut = sum(
-        answer_ids(session.chat, text, LONGEST)[-1] != session.chat.turn_end for pair in given for text in (pair.chosen, pair.rejected)
-    )
-    agrees = agreement({way: Estimate(**one) for way, one in ranked.items()}, len(given)) if given else None
+    agrees = agreement(ranked, len(given)) if given else ""
     if as_json:
         result = {
             "likely": likely, "why": why, "measure": name, "prompts": len(requests), "contrast": asdict(where), "voices": [asdict(v) for v in found],
-            "suggested": best, "lint": notes, "pairs": len(given), "cut": cut, "ranks": ranked, "agrees": agrees,
+            "suggested": best, "lint": notes, "pairs": len(given), "cut": cut, "ranks": {way: asdict(one) for way, one in ranked.items()}, "agrees": agrees,
         }  # fmt: skip
         print(json.dumps(result))
         return 0
@@ -95,11 +91,11 @@ def run(
     )
     console.print(f"          {where.clipped_share:.1%} of Δ clipped, {where.implausible_mass:.1%} of the mass implausible")
     if given:
-        cells = [[way, Estimate(**ranked[way]).percent(), RANKINGS[way]] for way in RANKINGS]
+        cells = [[way, ranked[way].percent(), RANKINGS[way]] for way in RANKINGS]
         console.print(table(f"how often the chosen answer of {len(given)} pairs is ranked first", ["by", "chosen first", ""], cells))
         if cut:
             console.print(f"[dim]{cut} of {2 * len(given)} answers are longer than {LONGEST} tokens, and were read so far only[/]")
-        console.print(clean(agrees or ""))
+        console.print(agrees)
     if best:
         console.print(f"suggested: superior.strength = {best.rpartition(' ')[2]}, the weakest within a standard error of the best that isn't much stranger to the base")  # fmt: skip
     else:

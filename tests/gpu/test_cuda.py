@@ -56,7 +56,7 @@ def test_an_interrupted_baseline_goes_on_learning(method: str, make_run: Callabl
 
     with pytest.raises(KeyboardInterrupt):
         baseline(run, method, say)
-    (work,) = (run.path / "baselines").glob(f".unfinished-{method}-*")
+    (work,) = (run.path / "baselines").glob(f".unfinished-{method}.*")
     (file,) = (*work.glob("checkpoints/step-000002/state.safetensors"), *work.glob("trainer/checkpoint-2/adapter_model.safetensors"))
     norms = {float(t.norm()) for name, t in load_file(file).items() if "lora_B" in name and not name.startswith("optimizer.")}
     after = load_file(baseline(run, method, lambda text: None) / "adapter_model.safetensors")
