@@ -57,10 +57,14 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a described behaviour into a LoRA adapter."""
+    from iqlite.recipe import load_recipe
+
+    read = load_recipe(recipe, set or [])  # a fault in it is said before torch is imported
+
     from iqlite.commands import train as verb
     from iqlite.terminal import console
 
-    raise typer.Exit(verb.run(recipe, set or [], out, resume=resume, force=force, as_json=json, console=console(stderr=json)))
+    raise typer.Exit(verb.run(read, set or [], out, resume=resume, force=force, as_json=json, console=console(stderr=json)))
 
 
 @app.command()
@@ -99,14 +103,18 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare base, told base and trained models on the same prompts: figures, win rates and Elo with intervals."""
+    from iqlite.rundir import RunDir
+
+    opened = [RunDir.open(path) for path in runs]  # a fault in one is said before torch is imported
+
     from iqlite.commands import compare as verb
     from iqlite.terminal import console
 
     if checkpoints:
-        raise typer.Exit(verb.checkpoints(runs, judge=judge, as_json=json, console=console(stderr=json)))
+        raise typer.Exit(verb.checkpoints(opened, judge=judge, as_json=json, console=console(stderr=json)))
     raise typer.Exit(
         verb.run(
-            runs,
+            opened,
             seeds=seeds,
             temperature=temperature,
             top_p=top_p,
@@ -183,11 +191,15 @@ def probe(
     json: Json = False,
 ) -> None:
     """Before training: does the description move this base, where, at which strength?"""
+    from iqlite.recipe import load_recipe
+
+    read = load_recipe(recipe, set or [])  # a fault in it is said before torch is imported
+
     from iqlite.commands import probe as verb
     from iqlite.terminal import console
 
     out = console(stderr=json)
-    raise typer.Exit(verb.run(recipe, set or [], prompts=prompts, pairs=pairs, strengths=strengths, as_json=json, console=out))
+    raise typer.Exit(verb.run(read, prompts=prompts, pairs=pairs, strengths=strengths, as_json=json, console=out))
 
 
 @app.command()

@@ -40,8 +40,9 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_help_and_recipes_import_no_torch() -> None:
-    for command in (["--help"], ["train", "--help"], ["--version"], ["recipe"]):
+def test_help_recipes_and_misspelt_paths_import_no_torch() -> None:
+    misspelt = ("train nothing.toml", "probe nothing.toml", "compare nothing", "merge nothing -o x", "chat runs/nothing")
+    for command in (["--help"], ["train", "--help"], ["--version"], ["recipe"], *map(str.split, misspelt)):
         code = (
             f"import sys; sys.argv = ['iqlite', *{command!r}]\nfrom iqlite.cli import main\ntry: main()\nexcept SystemExit: pass\n"
             f"sys.exit(sorted(set({HEAVY!r}) & set(sys.modules)) or 0)"

@@ -50,11 +50,11 @@ JUDGEMENTS = "judgements.jsonl"
 
 
 def run(
-    runs: Sequence[Path], *, seeds: int, temperature: float, top_p: float, prompts: Path | None, count: int | None, adapter: str,
+    runs: Sequence[RunDir], *, seeds: int, temperature: float, top_p: float, prompts: Path | None, count: int | None, adapter: str,
     others: Sequence[str], pairs: Path | None, judge: str | None, safety: bool, safety_set: Path | None, as_json: bool, console: Console,
 ) -> int:  # fmt: skip
     """Answers, measures, prints, and writes compare.json (compare.FILE.json of other prompts) into the first run; returns the exit code."""
-    run_dir = RunDir.open(runs[0])
+    run_dir = runs[0]
     start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
     measure = judge if judge in MEASURES else recipe.judge.measure
@@ -145,14 +145,13 @@ def run(
     return 0
 
 
-def checkpoints(runs: Sequence[Path], *, judge: str | None, as_json: bool, console: Console) -> int:
+def checkpoints(runs: Sequence[RunDir], *, judge: str | None, as_json: bool, console: Console) -> int:
     """The measure by step, epoch, tokens and minutes, of runs and of the baselines in them: read off what training left, no model needed."""
     found: dict[str, list[Point]] = {}
-    opened = [RunDir.open(path) for path in runs]
-    measure = judge or opened[0].recipe().judge.measure
+    measure = judge or runs[0].recipe().judge.measure
     if measure not in MEASURES:
         raise RunError(f"--checkpoints takes a code measure: --judge {', '.join(MEASURES)}.")
-    for run_dir in opened:
+    for run_dir in runs:
         name = run_dir.path.resolve().name if run_dir.path.resolve().name not in found else str(run_dir.path)
         found[name] = of_run(run_dir, MEASURES[measure])
         epoch = found[name][-1].epoch / max(1, found[name][-1].step)
@@ -182,18 +181,17 @@ def checkpoints(runs: Sequence[Path], *, judge: str | None, as_json: bool, conso
     return 0
 
 
-def _others(run_dir: RunDir, paths: Sequence[Path], adapter: str) -> dict[str, Path]:
+def _others(run_dir: RunDir, others: Sequence[RunDir], adapter: str) -> dict[str, Path]:
     """Name → adapter of the other runs, each checked to be of the first one's base before anything heavy."""
     found: dict[str, Path] = {}
     mine = run_dir.recipe().model.quantization
-    for path in paths:
-        other = RunDir.open(path)
+    for other in others:
         folder = other.trained(adapter)
         check_adapter_of(run_dir, folder)
         its = other.recipe().model.quantization
         if its != mine:
-            raise RunError(f"{path} was trained on its base in {its} and {run_dir.path} in {mine}: one base answers for all, so compare runs of one kind.")  # fmt: skip
-        name = path.resolve().name
+            raise RunError(f"{other.path} was trained on its base in {its} and {run_dir.path} in {mine}: one base answers for all, so compare runs of one kind.")  # fmt: skip
+        name = other.path.resolve().name
         names = itertools.chain([name], (f"{name} (run {number})" for number in itertools.count(2)))
         found[next(one for one in names if one not in found and one not in ("base", TRAINED, *METHODS))] = folder
     return found

@@ -15,7 +15,7 @@ from iqlite.contrast import check_heard
 from iqlite.judges import MEASURES
 from iqlite.preferences import load_pairs
 from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, lint, ranks, suggested, verdict, voices
-from iqlite.recipe import load_recipe
+from iqlite.recipe import Recipe
 from iqlite.rollout import Sampler
 from iqlite.session import open_session, within_memory
 from iqlite.terminal import clean, duration, table
@@ -25,10 +25,9 @@ LONGEST = 256  # tokens of an answer of a pair that are read
 
 
 def run(
-    recipe_path: Path, overrides: Sequence[str], *, prompts: int, pairs: Path | None, strengths: Sequence[float] | None, as_json: bool, console: Console
+    recipe: Recipe, *, prompts: int, pairs: Path | None, strengths: Sequence[float] | None, as_json: bool, console: Console
 ) -> int:  # fmt: skip
     """Reads, answers, prints; returns the exit code."""
-    recipe = load_recipe(recipe_path, overrides)
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})  # the bare base is what is probed
     check_heard(recipe)
     strengths = sorted(strengths or {*STRENGTHS, recipe.superior.settings()["strength"]} - {0.0})

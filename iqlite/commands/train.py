@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from iqlite.errors import RunError
-from iqlite.recipe import Recipe, load_recipe
+from iqlite.recipe import Recipe
 from iqlite.rundir import RunDir, check_space, free_name, json_numbers
 from iqlite.session import Session, environment, open_session, within_memory
 from iqlite.terminal import TrainingView, duration, facts, finish_the_step
@@ -21,13 +21,11 @@ RUNS = Path("runs")
 INTERRUPTED = 130
 
 
-def run(
-    recipe_path: Path, overrides: Sequence[str], out: Path | None, *, resume: bool, force: bool, as_json: bool, console: Console
-) -> int:
-    """Trains; returns the exit code: 0, or 130 after Ctrl-C."""
-    recipe = load_recipe(recipe_path, overrides)
-    path = out or (RUNS / recipe_path.stem if resume or force else free_name(RUNS, recipe_path.stem))
-    existing = _existing(path, recipe_path, resume=resume, force=force)
+def run(recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: bool, force: bool, as_json: bool, console: Console) -> int:
+    """Trains; returns the exit code: 0, or 130 after Ctrl-C. The recipe has the `overrides` already; they are for the command to go on with."""
+    name = recipe.path.stem
+    path = out or (RUNS / name if resume or force else free_name(RUNS, name))
+    existing = _existing(path, resume=resume, force=force)
     placement = existing.environment()["placement"] if existing else None
     with within_memory(recipe, "with --set, and start again with --force"):
         session = open_session(
@@ -50,7 +48,7 @@ def run(
         TrainingView(console, total, first) as view,
     ):
         outcome = train(session, run_dir, view, lambda: interrupt.asked)
-    _conclude(console, run_dir, recipe_path, overrides, out, outcome, as_json=as_json)
+    _conclude(console, run_dir, recipe.path, overrides, out, outcome, as_json=as_json)
     return INTERRUPTED if outcome.why == "interrupted" else 0
 
 
@@ -72,7 +70,7 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
     } | ({"note": " ".join(session.notes)} if session.notes else {})  # fmt: skip
 
 
-def _existing(path: Path, recipe_path: Path, *, resume: bool, force: bool) -> RunDir | None:
+def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
     """The run to resume, or None for a new one; says early what can't be."""
     if resume and force:
         raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
