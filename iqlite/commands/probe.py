@@ -74,11 +74,12 @@ def run(
     for note in (*session.notes, *notes):
         console.print(f"[yellow]{clean(note)}[/]")
     cells = [
-        [clean(v.name), f"{v.score:.3f}", f"{v.score_se:.3f}", "" if v.name == "base" else str(v.difference), f"{v.differs:.0%}", f"{v.base_nll:.2f}"]
+        [clean(v.name), f"{v.score:.3f}", f"{v.score_se:.3f}", "" if v.name == "base" else "{value:+.2f} ({low:+.2f}..{high:+.2f})".format(**asdict(v.difference)), f"{v.differs:.0%}", f"{v.base_nll:.2f}"]
         for v in found
     ]  # fmt: skip
-    columns = ["", name, "± se", "from the base", "other words", "base nats"]
+    columns = ["", name, "± se", "from the base", "differ", "nats"]
     console.print(table(f"answers to {len(requests)} held-out prompts, from the same noise", columns, cells))
+    console.print("[dim]differ: answers unlike the base's · nats: how strange a token is to the base[/]")
     for v in found:
         console.print(f"[bold]{clean(v.name)}[/]: {clean(v.example, EXAMPLE)}")
     by_part = " · ".join(f"{nats:.3f}" for nats in where.kl_by_part)
