@@ -3,8 +3,8 @@
     python -m tests.bench.ablations [--steps 10] [--seeds 0] [--full]
 
 One choice at a time is changed from the demo's recipe; --full takes every combination instead (more than a thousand runs). Tone is the mean VADER compound of
-24 held-out answers (temperature 1, fixed noise), KL the held-out KL(policy‖superior) of each run's own superior, nats a token, strangeness
-what their words are to the base. An adapter to estimate from is trained first where the estimator asks for one.
+24 held-out answers (temperature 1, fixed noise), KL the held-out KL(policy‖superior) of each run's own superior, nats a token; both are means over
+the training seeds with (min..max). An adapter to estimate from is trained first where the estimator asks for one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from iqlite.curves import of_run
 from iqlite.judges import tone
 from iqlite.rundir import RunDir
+from tests.bench.methods import spread
 
 OUT = Path("runs/bench/ablations")
 RECIPE = "recipes/cheerful-135m.toml"
@@ -69,6 +70,19 @@ def train(path: Path, settings: list[str]) -> RunDir:
     return RunDir.open(path)
 
 
+def table(found: dict[tuple[object, ...], list[list[float]]]) -> str:
+    """Markdown of [tone before, after, its standard error, KL, minutes] of each case's training seeds."""
+    head = ["estimator", "weights", "objective", "strength", "clip", "plausibility", "seeds", "tone before", "tone after", "± of the answers", "held-out KL", "minutes"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for case, runs in found.items():
+        forms = ["{:.3f}", "{:.3f}", "{:.3f}", "{:.3f}", "{:.1f}"]
+        cells = [spread(values, form) for values, form in zip(zip(*runs, strict=True), forms, strict=True)]
+        unused = NOT_TAKEN.get(str(case[0]), ())
+        chosen = ["" if key in unused else str(value) for key, value in zip(CHOICES, case, strict=True)]
+        lines.append(f"| {' | '.join([*chosen, str(len(runs)), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
@@ -76,18 +90,16 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     train(OUT / "wanted", [f"train.steps={args.steps}"])
-    lines = ["| estimator | weights | objective | strength | clip | plausibility | seed | tone before | tone after | ± se | held-out KL | minutes |", "|" + " --- |" * 12]  # fmt: skip
+    found: dict[tuple[object, ...], list[list[float]]] = {}
     for seed in args.seeds:
         for case in cases(args.full):
-            name = "-".join(str(value) for value in case.values()) + f"-{seed}"
-            run = train(OUT / name, settings_of(case, seed, args.steps))
-            points = of_run(run, tone)
+            values = tuple(case.values())
+            run = train(OUT / f"{'-'.join(map(str, values))}-{seed}", settings_of(case, seed, args.steps))
+            first, *_, last = of_run(run, tone)
             kl = run.metrics()[-1]["eval/kl_policy_superior"]
-            last = points[-1]
-            cells = [*map(str, case.values()), str(seed), f"{points[0].score:.3f}", f"{last.score:.3f}", f"{last.score_se:.3f}", f"{kl:.3f}", f"{last.seconds / 60:.1f}"]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-            (OUT / "ablations.md").write_text("\n".join(lines) + "\n", "utf-8")
-            print(lines[-1], flush=True)
+            found.setdefault(values, []).append([first.score, last.score, last.score_se, kl, last.seconds / 60])
+            (OUT / "ablations.md").write_text(table(found), "utf-8")
+    print((OUT / "ablations.md").read_text("utf-8"))
 
 
 if __name__ == "__main__":
