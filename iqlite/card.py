@@ -156,10 +156,9 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
         lines += ["", f"Answers to {compared['prompts']} prompts ({compared['asked']}) × {compared['seeds']} seeds:", ""]
         measure = compared.get("measure", "tone")
         lines += [f"| | {measure} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {m['name']} | {m.get('score', m['tone']):.3f} | {m.get('score_se', m['tone_se']):.3f} | {m['words_median']:g} | {m['ended_share']:.0%} |"
-            for m in compared["measures"]
-        ]
+        for m in compared["measures"]:
+            error = m.get("score_se", m["tone_se"])  # None of one prompt
+            lines.append(f"| {m['name']} | {m.get('score', m['tone']):.3f} | {'' if error is None else f'{error:.3f}'} | {m['words_median']:g} | {m['ended_share']:.0%} |")  # fmt: skip
     if "kl_adapter_merged" in found:
         lines += ["", f"KL(adapter on its base ‖ merged): {found['kl_adapter_merged']:.5f} nats a token."]
     return lines

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.errors import IqliteError
+from iqlite.errors import IqliteError, PromptsError
 
 app = typer.Typer(
     name="iqlite",
@@ -32,6 +32,13 @@ class Device(StrEnum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+def _there(**files: Path | None) -> None:
+    """A file that an option names and that isn't there is said before torch is imported."""
+    for option, path in files.items():
+        if path is not None and not path.is_file():
+            raise PromptsError(f"--{option.replace('_', '-')} {path}: no such file; a path is relative to the folder you are in.")
 
 
 def _version(value: bool) -> None:
@@ -106,6 +113,7 @@ def compare(
     from iqlite.rundir import RunDir
 
     opened = [RunDir.open(path) for path in runs]  # a fault in one is said before torch is imported
+    _there(prompts=None if str(prompts) == "outside" else prompts, pairs=pairs, safety_set=safety_set)
 
     from iqlite.commands import compare as verb
     from iqlite.terminal import console
@@ -194,6 +202,7 @@ def probe(
     from iqlite.recipe import load_recipe
 
     read = load_recipe(recipe, set or [])  # a fault in it is said before torch is imported
+    _there(pairs=pairs)
 
     from iqlite.commands import probe as verb
     from iqlite.terminal import console

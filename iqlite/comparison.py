@@ -22,14 +22,14 @@ Ratings = Sequence[Sequence[Estimate]]
 
 @dataclass(frozen=True)
 class Figures:
-    """One answerer's: means over prompts and seeds; standard errors over prompts."""
+    """One answerer's: means over prompts and seeds; standard errors over prompts, None of one prompt."""
 
     name: str
     answers: int
     score: float
-    score_se: float
+    score_se: float | None
     tone: float
-    tone_se: float
+    tone_se: float | None
     words_median: float
     ended_share: float
     empty_share: float
@@ -149,5 +149,5 @@ def by_category(answers: Answers, won: Mapping[str, Array], score_KPS: Array, la
     return found
 
 
-def _standard_error(values_P: Array) -> float:
-    return float(values_P.std(ddof=1) / len(values_P) ** 0.5) if len(values_P) > 1 else 0.0
+def _standard_error(values_P: Array) -> float | None:
+    return float(values_P.std(ddof=1) / len(values_P) ** 0.5) if len(values_P) > 1 else None

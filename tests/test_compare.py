@@ -147,6 +147,26 @@ def test_the_recipe_s_outside_prompts_are_asked_by_name(
     assert found["prompts"] == 3 and found["asked"] == "outside" and json.loads((run.path / "compare.outside.json").read_text()) == found
 
 
+def test_few_prompts_claim_little_and_skipped_rows_are_said(
+    iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path
+) -> None:
+    run = make_run()
+    (tmp_path / "few.jsonl").write_text('{"prompt": "A?"}\n{"prompt":\n\n{"prompt": "B?"}\n{"prompt": "B?"}\n')
+    options = ["--prompts", "few.jsonl", "--seeds", "1", "--no-safety"]
+    code, out, err = iqlite("compare", run.path, *options)
+    assert code == 0, err
+    assert "1 malformed row skipped (line 2)" in out and "1 duplicate row skipped (line 5)" in out
+    assert "answers: 2 prompts × 1 seed," in out and "2 prompts are too few for an interval of Elo" in out and "±" in out
+    code, out, err = iqlite("compare", run.path, *options, "--count", "1")
+    assert code == 0 and "answers: 1 prompt × 1 seed," in out and "±" not in out and "wins by" not in out
+    code, out, err = iqlite("compare", run.path, *options, "--count", "1", "--json")
+    assert code == 0 and "1 malformed row skipped (line 2)" in err
+    assert all(measure["score_se"] is None and measure["tone_se"] is None for measure in json.loads(out)["measures"])
+    for option in ("--pairs", "--safety-set", "--prompts"):
+        code, _, err = iqlite("compare", run.path, option, "nothing.jsonl")
+        assert code == 2 and f"{option} nothing.jsonl: no such file" in err and err.count("\n") == 1
+
+
 def interrupt(_: str) -> None:
     raise KeyboardInterrupt
 

@@ -152,7 +152,7 @@ def test_a_whole_probe(iqlite: Callable[..., Any], recipe_file: Callable[..., Pa
     assert "superior, strength 3" in out and "by quarters" in out and "likelihood, per token" in out and "suggested: " in out
     assert "KL(π⁺‖π⁻)" in out and "too few to tell" in out and "can't be told from chance on these 1 pairs" in out
     code, _, err = iqlite("probe", recipe_file(), "--pairs", "none.jsonl")
-    assert code == 2 and "none.jsonl can't be read" in err and err.count("\n") == 1
+    assert code == 2 and "none.jsonl: no such file" in err and err.count("\n") == 1
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hello!"}\n')
     code, _, err = iqlite("probe", recipe_file(), "--pairs", "bad.jsonl")
     assert code == 2 and "line 1" in err and err.count("\n") == 1

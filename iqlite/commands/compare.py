@@ -45,6 +45,7 @@ from iqlite.terminal import clean, harmless, spark, table
 EXAMPLE = 400  # characters of an example answer
 TRAINED = "trained"
 OUTSIDE = "outside"  # --prompts outside: the recipe's own prompts.outside
+FEW = 10  # prompts below which resampling them says too little for an interval; ours
 UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a warning; ours
 JUDGEMENTS = "judgements.jsonl"
 
@@ -83,6 +84,8 @@ def run(
     if given:
         asked = session.chat.shorten(given, room, str(prompts), "--prompts")
     asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
+    for note in asked.notes:
+        console.print(f"[dim]note       {clean(note)}[/]")
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
     who = [Answerer("base", "reference"), *told_answerers(session)]
     who += [Answerer("superior", "superior")] if "superior" in others else []
@@ -219,7 +222,8 @@ def _show(
     found: Sequence[dict[str, Any]],
 ) -> None:
     measure, by = result["measure"], result["judge"]
-    asked = f"{result['prompts']} prompts × {result['seeds']} seeds, temperature {result['temperature']:g}, top-p {result['top_p']:g}"
+    prompts, seeds = result["prompts"], result["seeds"]
+    asked = f"{prompts} prompt{'s' * (prompts > 1)} × {seeds} seed{'s' * (seeds > 1)}, temperature {result['temperature']:g}, top-p {result['top_p']:g}"
     empty, refused = any(r.empty_share for r in rows), any(r.refused_share >= 0.05 for r in rows)
     columns = [
         "",
@@ -234,7 +238,7 @@ def _show(
     ]
     cells = [
         [
-            clean(_short(r.name)), f"{r.score:.3f} ± {r.score_se:.3f}", f"{r.words_median:g}", f"{r.ended_share:.0%}",
+            clean(_short(r.name)), f"{r.score:.3f}" + ("" if r.score_se is None else f" ± {r.score_se:.3f}"), f"{r.words_median:g}", f"{r.ended_share:.0%}",
             *([f"{r.empty_share:.0%}"] if empty else []), *([f"{r.refused_share:.0%}"] if refused else []), f"{r.repetition:.0%}", f"{r.distinct_2:.2f}", f"{r.base_nll:.2f}",
         ]
         for r in rows
@@ -243,7 +247,7 @@ def _show(
     console.print(
         "[dim]words: median · repeats: 3-grams said before · distinct: different 2-grams · nats: how strange a token is to the base[/]"
     )
-    if result["prompts"] > 1:
+    if prompts > 1:
         cells = []
         for one in found:
             rate, controlled, name = Estimate(**one["win_rate"]), Estimate(**one["length_controlled"]), one["against"]
@@ -253,11 +257,13 @@ def _show(
                     clean(_short(name)),
                     rate.percent() + (" *" if one["significant"] else "  "),
                     "" if by == "shorter" else controlled.percent(),
-                    f"{ahead.value:+.0f} ({ahead.low:+.0f}..{ahead.high:+.0f})",
+                    f"{ahead.value:+.0f}" + (f" ({ahead.low:+.0f}..{ahead.high:+.0f})" if prompts >= FEW else ""),
                 ]
             )
         title = f"{TRAINED} wins by {by} (95 % intervals; * significant by itself; ties are halves)"
         console.print(table(title, ["against", "win rate", "at equal length", "Elo above it"], cells))
+        if prompts < FEW:
+            console.print(f"[dim]{prompts} prompts are too few for an interval of Elo, which resamples them[/]")
     if result["safety"]:
         _show_safety(console, result["safety"])
     if result["categories"]:
