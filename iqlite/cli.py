@@ -99,7 +99,7 @@ def compare(
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many prompts.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Sampling seeds; each answers every prompt.")] = 3,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature, the same for all; 0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="Sampling temperature, the same for all; 0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus truncation, the same for all.")] = 0.9,
     adapter: Annotated[str, typer.Option(help="Which adapter of the run: adapter or best.")] = "adapter",
     safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Also: harm, over-refusal and bias before and after.")] = True,

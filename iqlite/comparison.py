@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iqlite.answers import Answer
-from iqlite.intervals import Array, Estimate, length_controlled, paired, wilson
+from iqlite.intervals import FEWEST, Array, Estimate, length_controlled, paired, wilson
 from iqlite.judges import distinct, refusal, repetition, tone, well_formed, words
 from iqlite.records import Messages
 
@@ -129,7 +129,7 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
                 "length_controlled": asdict(controlled),
                 "elo": asdict(rated[at][other]),
                 "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
-                "significant": rate.excludes(0.5) and by_prompt.excludes(0.5),
+                "significant": len(won_PS) >= FEWEST and rate.excludes(0.5) and by_prompt.excludes(0.5),
             }
         )
     return found

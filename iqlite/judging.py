@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from iqlite.errors import RunError
 from iqlite.records import Messages
+from iqlite.rundir import explained
 
 PREFIXES = ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"
@@ -23,7 +25,10 @@ TRIES, TIMEOUT_S = 4, 120.0
 TOKENS, THINKING = 8, 2048  # of a reply, and of one that thinks first
 THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # templates may open it themselves
 TIE = re.compile(r"\W*(?:it(?:'s| is)\s+)?(?:a\s+)?(?:tie|draw)\b", re.IGNORECASE)
-VERDICT = re.compile(r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])\b", re.IGNORECASE)
+VERDICT = re.compile(  # a letter that ends there, or goes on as a verdict does: "A good question" is none
+    r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])(?=\W*$|\s*[^\w\s]|\s+(?:is|wins|because|since|as|by|over)\b|\s*\n)",
+    re.IGNORECASE,
+)
 ASKED = """You compare two answers to the same request. {rubric}
 
 Request:
@@ -60,8 +65,7 @@ class Kept:
     def put(self, verdict: float, *of: str) -> None:
         """Keeps a verdict, on the disk at once."""
         self._found[self._key(of)] = verdict
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with explained(self.path, "compare again"), self.path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"of": self._key(of), "verdict": verdict}) + "\n")
 
     @staticmethod
@@ -82,6 +86,7 @@ class ModelJudge:
     A server that is busy or silent is asked again, up to four times, with longer and longer pauses (the client's own doing); a verdict that
     isn't one of A, B, T is asked for again, with more room where the model thinks first, and then counts as a tie. `asked`, `malformed` and
     `tokens` say what it took, `thinks` that it takes no other limits. The key, where one is needed, comes from IQLITE_JUDGE_KEY.
+    RunError at once for an address that can't be one.
     """
 
     url: str
@@ -93,6 +98,23 @@ class ModelJudge:
     malformed: int = 0
     tokens: int = 0
     thinks: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise RunError("a judging model needs the openai client: pip install 'iqlite[compare]'.") from None
+        key = os.environ.get(KEY) or "none"
+        if not key.isascii():
+            raise RunError(f"{KEY} holds letters that no key has: set it anew.")
+        try:
+            if not urlsplit(self.url).hostname or urlsplit(self.url).port == 0:  # port raises for what is none
+                raise ValueError("no host")
+            self._client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=TRIES)
+        except ValueError as error:
+            raise RunError(
+                f"--judge {self.url} is no address ({error}): write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b."
+            ) from None
 
     def prefers(self, request: Messages, first: str, second: str) -> float:
         """The mean of both orders: 1, 0.5 or 0 where they agree, a half where they don't."""
@@ -127,16 +149,12 @@ class ModelJudge:
 
     def _reply(self, text: str, room: int) -> tuple[str, bool]:
         """(what the model says, whether it was cut off)."""
-        try:
-            import openai
-        except ImportError:
-            raise RunError("a judging model needs the openai client: pip install 'iqlite[compare]'.") from None
+        import openai
 
-        client = openai.OpenAI(base_url=self.url, api_key=os.environ.get(KEY, "none"), timeout=self.timeout, max_retries=TRIES)
         limits: dict[str, Any] = {"max_completion_tokens": THINKING} if self.thinks else {"max_tokens": room, "temperature": 0.0, "seed": 0}
         self.asked += 1
         try:
-            found = client.chat.completions.create(messages=[{"role": "user", "content": text}], model=self.model, **limits)
+            found = self._client.chat.completions.create(messages=[{"role": "user", "content": text}], model=self.model, **limits)
         except openai.APIStatusError as error:
             if error.status_code == 400 and not self.thinks and any(name in str(error.message) for name in limits):
                 self.thinks = True  # hosted models that think don't take these
@@ -149,12 +167,18 @@ class ModelJudge:
             raise RunError(
                 f"the judge at {self.url} can't be reached ({type(error).__name__}): start it, and compare again; verdicts so far are kept."
             ) from None
-        if not hasattr(found, "choices"):  # a web page, say
-            raise RunError(f"the judge at {self.url} doesn't answer as an OpenAI-compatible server does: its address mostly ends in /v1.")
-        self.tokens += found.usage.total_tokens if found.usage else 0
-        if not found.choices:
-            return "", False
-        return found.choices[0].message.content or "", found.choices[0].finish_reason == "length"
+        except ValueError:  # a body that isn't JSON
+            found = None
+        try:  # the client builds what it was sent without looking: a web page, other fields, parts of a text
+            self.tokens += getattr(found.usage, "total_tokens", None) or 0
+            if not found.choices:
+                return "", False
+            said, cut = found.choices[0].message.content or "", found.choices[0].finish_reason == "length"
+            if isinstance(said, str):
+                return said, cut
+        except (AttributeError, TypeError, IndexError, KeyError):
+            pass
+        raise RunError(f"the judge at {self.url} doesn't answer as an OpenAI-compatible server does: its address mostly ends in /v1.")
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 
 from iqlite.answers import base_nll, told_answerers
 from iqlite.contrast import superior_answers
-from iqlite.intervals import Estimate, paired, wilson
+from iqlite.intervals import FEWEST, Estimate, paired, wilson
 from iqlite.preferences import Pair, answer_ids
 from iqlite.records import Messages, Rollout
 from iqlite.rollout import Sampler
@@ -23,7 +23,6 @@ STRENGTHS = (1.0, 2.0, 3.0, 5.0)
 SAME_SIZE = 1.5  # how much longer one description may be than the other
 WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; ours
 STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the told ones; ours
-FEWEST = 10  # held-out answers without which nothing is said of a difference; ours
 COMMON = frozenset(
     ("a", "an", "and", "are", "as", "at", "be", "in", "is", "it", "of", "or", "the", "to", "with", "you", "your", "always", "never", "not")
 )
@@ -61,7 +60,7 @@ class Contrast:
     kl_wanted: float | None
     kl_opposed: float | None
     kl_superior: float
-    kl_by_part: tuple[float, ...]
+    kl_by_part: tuple[float | None, ...]  # None where no answer is long enough to have that quarter
     clipped_share: float
     implausible_mass: float
     tokens: int
@@ -73,7 +72,7 @@ def contrast(session: Session, rollout: Rollout) -> Contrast:
     length_B = rollout.mask_BT.sum(-1)
     part_BT = torch.arange(rollout.mask_BT.shape[1])[None] * PARTS // length_B[:, None].clamp(min=1)
     part_N, kl_N = part_BT[rollout.mask_BT], values["kl/policy_superior"]
-    by_part = tuple(float(kl_N[part_N == part].mean()) if (part_N == part).any() else math.nan for part in range(PARTS))
+    by_part = tuple(float(kl_N[part_N == part].mean()) if (part_N == part).any() else None for part in range(PARTS))
 
     def mean(name: str) -> float:
         return float(values[name].mean()) if name in values else 0.0
@@ -194,10 +193,12 @@ def agreement(ranked: Mapping[str, Estimate], pairs: int) -> str:
     first = ranked[ESTIMATE]
     if first.high < 0.5:
         return f"This base's superior estimate ranks these {pairs} pairs worse than chance: it prefers what people rejected."
-    if not first.low > 0.5:
+    if pairs < FEWEST or not first.low > 0.5:
         return f"This base's superior estimate can't be told from chance on these {pairs} pairs."
     reach = {name: abs(ranked[name].value - 0.5) + 0.5 for name, what in RANKINGS.items() if "a control" in what}
     control = max(reach, key=lambda name: reach[name])
+    if reach[control] >= first.low and not ranked[control].excludes(0.5):
+        return f"The superior estimate agrees with these pairs beyond chance; whether better than {control} does, a control, can't be told from so few."
     if reach[control] >= first.low:
         how = ", read upside down," if ranked[control].value < 0.5 else ""
         return f"The superior estimate agrees with these pairs beyond chance, but so does {control}{how} ({reach[control]:.0%}): a control, which knows no description."

@@ -34,8 +34,8 @@ PLAIN_SAMPLE = 160  # characters of an answer shown in progress
 
 def console(*, stderr: bool = False) -> Console:
     """A console that keeps long lines whole when it isn't a terminal."""
-    out = Console(stderr=stderr, highlight=False)
-    return out if out.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True)
+    out = Console(stderr=stderr, highlight=False, emoji=False)  # :100: in an answer stays what the model wrote
+    return out if out.is_terminal else Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
 
 
 def clean(text: str, longest: int | None = None) -> str:

@@ -131,6 +131,9 @@ def test_a_run_may_be_called_as_somebody_else_is(iqlite: Callable[..., Any], mak
     assert code == 0, err
     names = [m["name"] for m in json.loads(out)["measures"]]
     assert names == ["base", "told (system turn)", "told (user turn)", "base (run 2)", "trained (run 2)", "ppo (run 2)", "trained"]
+    other = make_run("told by me", train={"seed": 1})
+    code, out, err = iqlite("compare", run.path, other.path, "--seeds", "1", "--no-safety")
+    assert code == 0 and " told by me=" in out.strip().splitlines()[-1], err
 
 
 def test_the_recipe_s_outside_prompts_are_asked_by_name(
@@ -156,7 +159,7 @@ def test_few_prompts_claim_little_and_skipped_rows_are_said(
     code, out, err = iqlite("compare", run.path, *options)
     assert code == 0, err
     assert "1 malformed row skipped (line 2)" in out and "1 duplicate row skipped (line 5)" in out
-    assert "answers: 2 prompts × 1 seed," in out and "2 prompts are too few for an interval of Elo" in out and "±" in out
+    assert "answers: 2 prompts × 1 seed," in out and "2 prompts are too few to call anything significant" in out and "±" in out
     code, out, err = iqlite("compare", run.path, *options, "--count", "1")
     assert code == 0 and "answers: 1 prompt × 1 seed," in out and "±" not in out and "wins by" not in out
     code, out, err = iqlite("compare", run.path, *options, "--count", "1", "--json")

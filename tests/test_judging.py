@@ -45,6 +45,8 @@ class Front:
                     return
                 if fault == "page":
                     self._answer(200, b"<html></html>", "text/html")
+                elif fault.startswith("RAW"):
+                    self._answer(200, fault.removeprefix("RAW").encode())
                 elif fault == "nothing":
                     self._answer(200, b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}')
                 elif fault == "picky" and "max_tokens" in front.seen[-1]:
@@ -163,6 +165,19 @@ def test_faults_are_waited_out_and_nonsense_is_a_tie(front: Front, tmp_path: Pat
         judge.prefers(REQUEST, "five", "six")
     front.faults = ["nothing"] * 4 + ["B"]
     assert judge.prefers(REQUEST, "seven", "eight") == 0.75 and judge.malformed == 2
+    for odd in (
+        '{"choices": [{"text": "A"}]}',
+        '{"choices": ["A"]}',
+        '{"choices": [{"message": {"content": [{"text": "A"}]}}]}',
+        '{"choices"',
+        "[]",
+        "null",
+    ):
+        front.faults = [f"RAW{odd}"]
+        with pytest.raises(RunError, match="ends in /v1"):
+            judge.prefers(REQUEST, "five", "six")
+    front.faults = ['RAW{"choices": [{"message": {"content": "A"}}], "usage": {}}', "A good question, but B is better.", "B wins"]
+    assert judge.prefers(REQUEST, "eleven", "twelve") == 1.0 and judge.malformed == 2  # an article is no verdict: asked again
     front.faults = ["401"]
     with pytest.raises(RunError, match="HTTP 401"):
         judge.prefers(REQUEST, "five", "six")
@@ -171,13 +186,21 @@ def test_faults_are_waited_out_and_nonsense_is_a_tie(front: Front, tmp_path: Pat
     assert again.prefers(REQUEST, "one", "two") == 1.0 and again.asked == 0
 
 
-def test_a_server_that_isnt_there_is_one_sentence(iqlite: Callable[..., Any], make_run: Callable[..., RunDir]) -> None:
+def test_a_server_that_isnt_there_is_one_sentence(
+    iqlite: Callable[..., Any], make_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run()
     options = ["--seeds", "1", "--count", "2", "--no-safety"]
     code, _, err = iqlite("compare", run.path, *options, "--judge", "http://127.0.0.1:9/v1#m")
     assert code == 2 and "can't be reached" in err and err.strip().count("\n") == err.strip().count("answering")
     code, _, err = iqlite("compare", run.path, *options, "--judge", "http://127.0.0.1:9/v1")
     assert code == 2 and "names no model" in err
+    for address in ("http://127.0.0.1:91x/v1", "http://[::1", "http://"):
+        code, _, err = iqlite("compare", run.path, *options, "--judge", f"{address}#m")
+        assert code == 2 and "is no address" in err and err.count("\n") == 1, err  # before anybody answers
+    monkeypatch.setenv("IQLITE_JUDGE_KEY", "ключ")
+    code, _, err = iqlite("compare", run.path, *options, "--judge", "http://127.0.0.1:9/v1#m")
+    assert code == 2 and "IQLITE_JUDGE_KEY" in err and err.count("\n") == 1, err
 
 
 def test_compare_by_a_judging_model(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], front: Front) -> None:

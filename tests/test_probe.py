@@ -117,6 +117,8 @@ def test_what_pairs_say_is_said_beside_the_controls() -> None:
         return {name: first if name == ESTIMATE else Estimate(control, control - 0.1, control + 0.1) for name in RANKINGS}
 
     assert "better than every control" in agreement(ranked(Estimate(0.7, 0.6, 0.8)), 100)
+    unsure = {name: Estimate(1.0, 0.7, 1.0) if name == ESTIMATE else Estimate(0.75, 0.4, 0.9) for name in RANKINGS}
+    assert "can't be told from so few" in agreement(unsure, 10) and "can't be told from chance" in agreement(unsure, 4)
     assert "so does likelihood, sum (75%)" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.75), 100)
     assert "so does likelihood, sum, read upside down, (75%)" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.25), 100)
     assert "can't be told from chance" in agreement(ranked(Estimate(0.55, 0.45, 0.65)), 100)
@@ -149,8 +151,12 @@ def test_a_whole_probe(iqlite: Callable[..., Any], recipe_file: Callable[..., Pa
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello!", "rejected": "No."}) + "\n")
     code, out, err = iqlite("probe", recipe_file(), "--prompts", "4", "--strength", "1", "--strength", "3", "--pairs", "pairs.jsonl")
     assert code == 0, err
-    assert "superior, strength 3" in out and "by quarters" in out and "likelihood, per token" in out and "suggested: " in out
+    assert "superior, strength 3" in out and "by quarters" in out and "likelihood, per token" in out and "suggested: " not in out
     assert "KL(π⁺‖π⁻)" in out and "too few to tell" in out and "can't be told from chance on these 1 pairs" in out
+    code, out, err = iqlite("probe", recipe_file(), "--prompts", "2", "--strength", "1", "--set", "rollout.max_new_tokens=2", "--json")
+    assert code == 0 and "NaN" not in out and None in json.loads(out)["contrast"]["kl_by_part"], err
+    code, _, err = iqlite("probe", recipe_file(), "--strength", "nan")
+    assert code == 2 and "strength nan can't be used" in err and "answered" not in err
     code, _, err = iqlite("probe", recipe_file(), "--pairs", "none.jsonl")
     assert code == 2 and "none.jsonl: no such file" in err and err.count("\n") == 1
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hello!"}\n')

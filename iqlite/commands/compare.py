@@ -31,7 +31,7 @@ from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_method
 from iqlite.contrast import check_heard
 from iqlite.curves import Point, of_baseline, of_run, until
 from iqlite.errors import RunError
-from iqlite.intervals import Estimate, elo, outcomes
+from iqlite.intervals import FEWEST, Estimate, elo, outcomes
 from iqlite.judges import MEASURES
 from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
 from iqlite.prompts import load_asked
@@ -45,7 +45,6 @@ from iqlite.terminal import clean, harmless, spark, table
 EXAMPLE = 400  # characters of an example answer
 TRAINED = "trained"
 OUTSIDE = "outside"  # --prompts outside: the recipe's own prompts.outside
-FEW = 10  # prompts below which resampling them says too little for an interval; ours
 UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a warning; ours
 JUDGEMENTS = "judgements.jsonl"
 
@@ -83,11 +82,13 @@ def run(
     asked = session.outside if outside and session.outside else session.eval
     if given:
         asked = session.chat.shorten(given, room, str(prompts), "--prompts")
-    asked = Prompts(asked.requests[:count], asked.notes, asked.labels[:count])
+    labels = asked.labels[:count]
+    asked = Prompts(asked.requests[:count], asked.notes, labels if any(labels) else ())
     for note in asked.notes:
         console.print(f"[dim]note       {clean(note)}[/]")
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
-    who = [Answerer("base", "reference"), *told_answerers(session)]
+    told = told_answerers(session)
+    who = [Answerer("base", "reference"), *told]
     who += [Answerer("superior", "superior")] if "superior" in others else []
     for number, (name, folder) in enumerate(more.items()):
         session.policy.add_frozen(f"other{number}", folder)
@@ -140,10 +141,9 @@ def run(
     console.print(f"asked: {clean(asked.requests[example][-1]['content'])}")
     for row in rows:
         console.print(f"[bold]{clean(row.name)}[/]: {clean(row.example, EXAMPLE)}")
-    told = (
-        [replace(max((r for r in rows if r.name.startswith("told")), key=lambda r: r.score or 0.0), name="told")] if session.wanted else []
-    )
-    last = [rows[0], *told, *(r for r in rows[1:] if not r.name.startswith("told"))]
+    tellings = rows[1 : 1 + len(told)]
+    best = [replace(max(tellings, key=lambda r: r.score), name="told")] if tellings else []
+    last = [rows[0], *best, *rows[1 + len(told) :]]
     console.print(" ".join([measure, *(f"{r.name}={r.score:.2f}" for r in last)]), markup=False)
     return 0
 
@@ -257,13 +257,13 @@ def _show(
                     clean(_short(name)),
                     rate.percent() + (" *" if one["significant"] else "  "),
                     "" if by == "shorter" else controlled.percent(),
-                    f"{ahead.value:+.0f}" + (f" ({ahead.low:+.0f}..{ahead.high:+.0f})" if prompts >= FEW else ""),
+                    f"{ahead.value:+.0f}" + (f" ({ahead.low:+.0f}..{ahead.high:+.0f})" if prompts >= FEWEST else ""),
                 ]
             )
         title = f"{TRAINED} wins by {by} (95 % intervals; * significant by itself; ties are halves)"
         console.print(table(title, ["against", "win rate", "at equal length", "Elo above it"], cells))
-        if prompts < FEW:
-            console.print(f"[dim]{prompts} prompts are too few for an interval of Elo, which resamples them[/]")
+        if prompts < FEWEST:
+            console.print(f"[dim]{prompts} prompts are too few to call anything significant, or for an interval of Elo[/]")
     if result["safety"]:
         _show_safety(console, result["safety"])
     if result["categories"]:

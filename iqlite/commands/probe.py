@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from iqlite.contrast import check_heard
+from iqlite.intervals import FEWEST
 from iqlite.judges import MEASURES
 from iqlite.preferences import load_pairs
 from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, lint, ranks, suggested, verdict, voices
@@ -36,6 +37,8 @@ def run(
     described = [(behavior.wanted, behavior.unwanted), *((p.wanted, p.unwanted) for p in behavior.mixture)]
     notes = [note for wanted, unwanted in described for note in lint(wanted, unwanted)]
     session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
+    for strength in strengths:
+        session.with_strength(strength)  # one that can't be is refused before anybody answers
     requests = session.eval.requests[:prompts]
     name = recipe.judge.measure
     with within_memory(recipe, "with --set, and probe again"), Progress(console=console, disable=not console.is_terminal) as progress:
@@ -62,7 +65,7 @@ def run(
 
         ranked, cut = ranks(session, given, LONGEST, read) if given else ({}, 0)
     likely, why = verdict(where, found, name, len(requests))
-    best = suggested(found)
+    best = suggested(found) if len(requests) >= FEWEST else None
     agrees = agreement(ranked, len(given)) if given else ""
     if as_json:
         result = {
@@ -82,7 +85,7 @@ def run(
     console.print("[dim]differ: answers unlike the base's · nats: how strange a token is to the base[/]")
     for v in found:
         console.print(f"[bold]{clean(v.name)}[/]: {clean(v.example, EXAMPLE)}")
-    by_part = " · ".join(f"{nats:.3f}" for nats in where.kl_by_part)
+    by_part = " · ".join("–" if nats is None else f"{nats:.3f}" for nats in where.kl_by_part)
     between = {"KL(π⁺‖π_ref)": where.kl_wanted, "KL(π⁺‖π⁻)": where.kl_opposed}
     if shown := ", ".join(f"{what} {nats:.3f}" for what, nats in between.items() if nats is not None):
         console.print(f"readings: {shown} nats a token on the base's own answers")
@@ -98,7 +101,7 @@ def run(
         console.print(agrees)
     if best:
         console.print(f"suggested: superior.strength = {best.rpartition(' ')[2]}, the weakest within a standard error of the best that isn't much stranger to the base")  # fmt: skip
-    else:
+    elif len(requests) >= FEWEST:
         console.print("suggested: none of these strengths, since answers score no better than the base's, or are much stranger to it")
     console.print(f"[{'green' if likely else 'bold yellow'}]{clean(why)}[/]")
     return 0
