@@ -47,14 +47,14 @@ def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: 
 
 
 def file_of(name: str, which: str = "adapter", asked: str = "") -> str:
-    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME.FILE.json for other prompts than its own."""
+    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME.FILE.json for other prompts or requests than its own."""
     return name + (f"-{which}" if which != "adapter" else "") + (f".{asked}" if asked else "") + ".json"
 
 
 def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     """What the run measured on its held-out prompts, and what `iqlite compare` found of this very adapter, if it was asked.
 
-    `compare` is of the run's own held-out prompts, `elsewhere` a list of the same on others.
+    `compare` is of the run's own held-out prompts, `elsewhere` a list of the same on others; `safety` is a list, one for each set of requests.
     """
     evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
     found: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
         if one.get("adapter_sha256") != digest:
             continue
         if file.name.startswith(SAFETY):
-            found["safety"] = one
+            found.setdefault("safety", []).append(one)
         elif one["asked"] == HELD_OUT:
             found["compare"] = one
         else:
@@ -86,11 +86,11 @@ def adapter_digest(folder: Path) -> str:
 
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
     """What got worse in training, as far as it was measured; a sentence each, and that it wasn't where it wasn't."""
-    safety, scale = manifest["figures"].get("safety"), manifest["made"].get("scale", 1)
+    safety, scale = manifest["figures"].get("safety", []), manifest["made"].get("scale", 1)
     said = [] if scale == 1 else [f"Nothing was measured at scale {scale:g}: all figures are of the adapter at scale 1."]
-    if safety is None:
+    if not safety:
         return [*said, "Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
-    return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for sentence in safety["worse"])]
+    return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for one in safety for sentence in one["worse"])]
 
 
 def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
@@ -153,7 +153,11 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
             f"Held-out KL(policy‖superior), nats a token: {kl['before']:.3f} before, {kl['after']:.3f} after {found['steps']} steps."
         )
     for compared in [*([found["compare"]] if "compare" in found else []), *found.get("elsewhere", [])]:
-        lines += ["", f"Answers to {compared['prompts']} prompts ({compared['asked']}) × {compared['seeds']} seeds:", ""]
+        lines += [
+            "",
+            f"Answers to {compared['prompts']} prompts ({compared['asked']}) × {compared['seeds']} seeds, temperature {compared['temperature']:g}:",
+            "",
+        ]
         measure = compared.get("measure", "tone")
         lines += [f"| | {measure} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
         for m in compared["measures"]:
@@ -165,13 +169,16 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _safety_lines(found: Mapping[str, Any]) -> list[str]:
-    """The table of harm, over-refusal and bias; empty if none was measured."""
-    if "safety" not in found:
-        return []
-    figures = found["safety"]["figures"]
+    """The tables of harm, over-refusal and bias, one for each set of requests; empty if none was measured."""
+    return [line for one in found.get("safety", []) for line in _safety_table(one)]
+
+
+def _safety_table(safety: Mapping[str, Any]) -> list[str]:
+    figures = safety["figures"]
+    first = next(iter(figures.values()))
     rows = {
-        "harmful requests granted": ("harmful_compliance", "{:.0%}"),
-        "harmless requests refused": ("over_refusal", "{:.0%}"),
+        f"harmful requests granted, of {first['harmful']}": ("harmful_compliance", "{:.0%}"),
+        f"harmless requests refused, of {first['harmless']}": ("over_refusal", "{:.0%}"),
         "widest gap in tone between groups of people": ("tone_gap", "{:.2f}"),
         "widest gap in refusals between them": ("refusal_gap", "{:.2f}"),
     }
@@ -181,7 +188,7 @@ def _safety_lines(found: Mapping[str, Any]) -> list[str]:
 
     lines = [f"| | {' | '.join(figures)} |", "| --- |" + " --- |" * len(figures)]
     lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
-    return [*lines, "", f"Measured on {found['safety']['set']}, by rules: it warns, it doesn't certify.", ""]
+    return [*lines, "", f"Measured on {safety['set']}, by rules: it warns, it doesn't certify.", ""]
 
 
 def sources(recipe: Recipe) -> list[str]:

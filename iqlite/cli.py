@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.errors import IqliteError, PromptsError
+from iqlite.errors import IqliteError, PromptsError, RunError
 
 app = typer.Typer(
     name="iqlite",
@@ -118,6 +118,8 @@ def compare(
     from iqlite.commands import compare as verb
     from iqlite.terminal import console
 
+    if checkpoints and (others or pairs or prompts):
+        raise RunError("--checkpoints reads what training left: it takes --judge, and none of --with, --pairs and --prompts.")
     if checkpoints:
         raise typer.Exit(verb.checkpoints(opened, judge=judge, as_json=json, console=console(stderr=json)))
     raise typer.Exit(

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ import tomli_w
 
 from iqlite.errors import RunError
 from iqlite.identity import Identity, check_adapter
-from iqlite.recipe import Recipe, parse_recipe, to_data
+from iqlite.recipe import Recipe, load_recipe, to_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +89,7 @@ class RunDir:
 
     def recipe(self) -> Recipe:
         """The locked recipe."""
-        return parse_recipe(tomllib.loads((self.path / RECIPE).read_text("utf-8")), self.path / RECIPE)
+        return load_recipe(self.path / RECIPE)
 
     def environment(self) -> dict[str, Any]:
         """Versions, device, base and prompts the run was made with."""
@@ -99,7 +98,7 @@ class RunDir:
 
     def check_same(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """RunError with what differs, unless a resumed recipe, its base and its prompts are those of the run."""
-        old, new = _flat(tomllib.loads((self.path / RECIPE).read_text("utf-8"))), _flat(locked(recipe))
+        old, new = _flat(locked(self.recipe())), _flat(locked(recipe))
         was = self.environment()
         for key in ("base", "prompts"):
             old[key], new[key] = was.get(key), environment.get(key)
@@ -112,6 +111,10 @@ class RunDir:
             raise RunError(
                 f"{self.path} can't be resumed, since the work has changed: {'; '.join(changed[:4])}. Undo that, or start anew with another --out."
             )
+
+    def take_over(self, recipe: Recipe) -> None:
+        """Locks what a resumed recipe may change: how it is judged."""
+        self.write(RECIPE, tomli_w.dumps(locked(recipe)))
 
     def add_metrics(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl."""
@@ -258,6 +261,8 @@ def leaving(run_path: Path, which: str, out: Path, mark: str, *, strength: float
 
 def check_place(path: Path, mark: str, *, force: bool) -> None:
     """RunError unless a new file or folder can be put at `path`: `force` replaces a file, or a folder that holds `mark`."""
+    if path.name in ("", ".."):
+        raise RunError(f"-o {path} is where you are, or above: name a folder or file of its own.")
     if not path.exists():
         return
     if not force:

@@ -78,11 +78,11 @@ def check(
     *,
     adapter: str,
     which: str = "adapter",
-    name: str = "a small English set",
+    own: str = "",
 ) -> dict[str, Any]:
     """Figures of each answerer by name, greedy answers; what got worse from the first to the last; written into the run.
 
-    `adapter` is the digest of the run's adapter `which`, whose figures these are.
+    `adapter` is the digest of the run's adapter `which`, whose figures these are; `own` is the file name of a user's set, kept beside the shipped one's.
     """
     requests = [({"role": "user", "content": item.prompt},) for item in items]
     sampler = Sampler(0, min(TOKENS, session.recipe.rollout.max_new_tokens), 0.0, 1.0, "safety")
@@ -92,12 +92,12 @@ def check(
     changed = changes(answers[first], answers[last], items)
     result = {
         "adapter_sha256": adapter,
-        "set": name,
+        "set": f"the set {own}" if own else "a small English set",
         "figures": found,
         "worse": worse(found[first], found[last], changed),
         "changes": changed,
     }
-    run.write(file_of(SAFETY, which), json.dumps(result, indent=2) + "\n")
+    run.write(file_of(SAFETY, which, own), json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -165,6 +165,8 @@ def test_few_prompts_claim_little_and_skipped_rows_are_said(
     code, out, err = iqlite("compare", run.path, *options, "--count", "1", "--json")
     assert code == 0 and "1 malformed row skipped (line 2)" in err
     assert all(measure["score_se"] is None and measure["tone_se"] is None for measure in json.loads(out)["measures"])
+    code, _, err = iqlite("compare", run.path, "--checkpoints", "--with", "sft")
+    assert code == 2 and "none of --with" in err and err.count("\n") == 1
     for option in ("--pairs", "--safety-set", "--prompts"):
         code, _, err = iqlite("compare", run.path, option, "nothing.jsonl")
         assert code == 2 and f"{option} nothing.jsonl: no such file" in err and err.count("\n") == 1

@@ -160,6 +160,7 @@ def test_what_can_t_be_merged_is_one_sentence(
     shutil.copytree(other.adapter, swapped.adapter)
     cases = [
         (["merge", "nothing", "-o", "merged"], ["nothing", "isn't a run"]),
+        (["merge", "run", "-o", ".", "--force"], ["-o .", "of its own"]),
         (["merge", half.path, "-o", "merged"], ["no adapter/ yet", "--resume"]),
         (["merge", swapped.path, "-o", "merged"], ["was trained on", "llama"]),
         (["merge", run.path, "-o", "there"], ["exists already", "--force"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iqlite.errors import RunError
+from iqlite.errors import RecipeError, RunError
 from iqlite.recipe import Recipe
 from iqlite.records import StepMetrics
 from iqlite.rundir import KEPT_CHECKPOINTS, RunDir, check_space, free_name
@@ -88,6 +88,15 @@ def test_checkpoints_keep_tensors_to_the_bit_and_drop_later_lines(run: RunDir) -
 
 def test_a_resumed_recipe_must_be_the_run_s(run: RunDir, make_recipe: Callable[..., Recipe]) -> None:
     run.check_same(make_recipe(), ENVIRONMENT)
+    other = make_recipe(judge={"measure": "shorter"})  # how a run is judged may change, and is kept
+    run.check_same(other, ENVIRONMENT)
+    run.take_over(other)
+    assert run.recipe().judge.measure == "shorter" and run.recipe().train == make_recipe().train
+    whole = (run.path / "recipe.toml").read_text()
+    (run.path / "recipe.toml").write_text(whole + "[judge]\n")
+    with pytest.raises(RecipeError, match=r"recipe\.toml isn't valid TOML"):
+        run.recipe()
+    (run.path / "recipe.toml").write_text(whole)
     with pytest.raises(RunError, match=r"train\.steps was 3 and is 4.*--out"):
         run.check_same(make_recipe(train={"steps": 4}), ENVIRONMENT)
     with pytest.raises(RunError, match="prompts was .* and is"):

@@ -90,13 +90,13 @@ def test_compare_measures_it_and_merge_and_export_pass_it_on(
     code, out, err = iqlite("compare", run.path, "--seeds", "1", "--count", "2", "--safety-set", "mine.jsonl", "--json")
     assert code == 0, err
     safe = json.loads(out)["safety"]
-    assert safe["figures"]["trained"]["harmful"] == 1 and safe == json.loads((run.path / "safety.json").read_text())
+    assert safe["figures"]["trained"]["harmful"] == 1 and safe == json.loads((run.path / "safety.mine.jsonl.json").read_text())
     code, out, _ = iqlite("export", run.path, "--to", "peft", "-o", "peft", "--json")
     assert code == 0 and json.loads(out)["warnings"] == [s[0].upper() + s[1:] for s in safe["worse"]]
     card = (tmp_path / "peft" / "README.md").read_text()
     assert "## Safety" in card and "harmful requests granted" in card
     safe["worse"] = ["more harmful requests are granted than before: 50% instead of 0%."]
-    (run.path / "safety.json").write_text(json.dumps(safe))
+    (run.path / "safety.json").write_text(json.dumps(safe | {"set": "another"}))
     code, out, _ = iqlite("merge", run.path, "-o", "after", "--no-check")
     assert "More harmful requests are granted" in out and "More harmful" in (tmp_path / "after" / "README.md").read_text()
     code, out, _ = iqlite("merge", run.path, "-o", "louder", "--scale", "3", "--no-check")
@@ -110,7 +110,21 @@ def test_compare_measures_it_and_merge_and_export_pass_it_on(
     (tmp_path / "b.gguf.md").write_text("mine")
     code, _, err = iqlite("export", run.path, "--to", "gguf-adapter", "-o", "b.gguf")
     assert code == 2 and "b.gguf.md exists already" in err and not (tmp_path / "b.gguf").exists()
-    assert "(held out)" in card and "(mine.jsonl)" in card and "More harmful" in card
+    assert "(held out)" in card and "(mine.jsonl)" in card and "More harmful" in card and "temperature 0.7:" in card
+    assert (
+        "Measured on another" in card and "Measured on the set mine.jsonl" in card and "granted, of 1 |" in card
+    )  # none in another's place
+
+
+def test_a_small_try_does_not_take_the_place_of_a_large_comparison(iqlite: Callable[..., Any], make_run: Callable[..., RunDir]) -> None:
+    run = make_run()
+    options = ["--seeds", "1", "--no-safety"]
+    assert iqlite("compare", run.path, *options)[0] == 0
+    large = (run.path / "compare.json").read_text()
+    code, out, err = iqlite("compare", run.path, *options, "--count", "2")
+    assert code == 0 and "compare.json stays as it was" in out and (run.path / "compare.json").read_text() == large, err
+    assert iqlite("compare", run.path, *options, "--temperature", "0")[0] == 0
+    assert json.loads((run.path / "compare.json").read_text())["temperature"] == 0  # as many answers: the newer one
 
 
 @pytest.mark.parametrize("line", ['{"kind": "bad", "prompt": "x"}', '{"kind": "group", "prompt": "x"}', "no json", '{"prompt": "x"}', "3", '{"kind": "harmful", "prompt": "\\ud800"}', '{"kind": "group", "prompt": "x", "group": ["a"]}'])  # fmt: skip

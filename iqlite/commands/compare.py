@@ -128,9 +128,9 @@ def run(
     }
     if isinstance(other_judge, ModelJudge):
         result["judging"] = {"asked": other_judge.asked, "malformed": other_judge.malformed, "tokens": other_judge.tokens}
-    run_dir.write(file_of(COMPARISON, adapter, prompts.name if prompts else ""), json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps(result))
+        _keep(run_dir, file_of(COMPARISON, adapter, prompts.name if prompts else ""), result, console)
         return 0
     _show(console, result, rows, found)
     if isinstance(other_judge, ModelJudge):
@@ -144,8 +144,19 @@ def run(
     tellings = rows[1 : 1 + len(told)]
     best = [replace(max(tellings, key=lambda r: r.score), name="told")] if tellings else []
     last = [rows[0], *best, *rows[1 + len(told) :]]
+    _keep(run_dir, file_of(COMPARISON, adapter, prompts.name if prompts else ""), result, console)
     console.print(" ".join([measure, *(f"{r.name}={r.score:.2f}" for r in last)]), markup=False)
     return 0
+
+
+def _keep(run_dir: RunDir, name: str, result: dict[str, Any], console: Console) -> None:
+    """Writes a comparison into the run for the model card, unless a larger one of the same held-out prompts and adapter is there."""
+    if result["asked"] == HELD_OUT and (run_dir.path / name).is_file():
+        old = json.loads((run_dir.path / name).read_text("utf-8"))
+        if old["adapter_sha256"] == result["adapter_sha256"] and old["prompts"] * old["seeds"] > result["prompts"] * result["seeds"]:
+            console.print(f"[dim]{name} stays as it was: it holds more answers ({old['prompts']} prompts × {old['seeds']} seeds)[/]")
+            return
+    run_dir.write(name, json.dumps(result, indent=2) + "\n")
 
 
 def checkpoints(runs: Sequence[RunDir], *, judge: str | None, as_json: bool, console: Console) -> int:
@@ -295,7 +306,8 @@ def _show_safety(console: Console, safe: dict[str, Any]) -> None:
         for key, what in gaps.items()
         if safe["figures"][names[0]][key] is not None
     ]
-    console.print(table("safety, greedy answers to a small set", ["", *names], cells))
+    if cells:
+        console.print(table(f"safety, greedy answers to {safe['set']}", ["", *names], cells))
     for sentence in safe["worse"]:
         console.print(f"[bold yellow]{clean(sentence[0].upper() + sentence[1:])}[/]")
 
@@ -342,8 +354,16 @@ def _safety(
 ) -> dict[str, Any]:
     with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "safety") as progress:
         task = progress.add_task("before and after", total=len(who) * len(items))
-        name = {"name": f"the set {own.name}"} if own else {}
-        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who[TRAINED].of, which=which, **name)
+        return check(
+            session,
+            run_dir,
+            who,
+            items,
+            lambda rows: progress.advance(task, rows),
+            adapter=who[TRAINED].of,
+            which=which,
+            own=own.name if own else "",
+        )
 
 
 def _progress(console: Console, what: str, *, quiet: bool = False) -> Progress:

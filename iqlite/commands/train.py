@@ -36,6 +36,7 @@ def run(recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: b
     check_space(path, ADAPTERS_ON_DISK * 4 * parameters)
     if existing:
         existing.check_same(recipe, found)
+        existing.take_over(recipe)
         run_dir = existing
     else:
         run_dir = RunDir.create(path, recipe, found, force=force)
