@@ -1,11 +1,12 @@
 """Every method under one recipe, base, prompts, adapter shape and number of sampled tokens: one table. Goes on where it was interrupted.
 
-    python -m tests.bench.methods [--tasks cheerful concise] [--seeds 0 1 2]
+    python -m tests.bench.methods [--tasks cheerful concise] [--seeds 0 1 2] [--rate 1]
 
 Per task and training seed: `iqlite train`, then `iqlite compare RUN --with …`, which trains the baselines (SFT, DPO and SDFT by TRL, PPO)
 in the run. Score: the recipe's measure of answers to all held-out prompts, temperature 0.7, top-p 0.9. Win rates and Elo are iqlite's
 comparison's own, means over training seeds with (min..max). "At equal time": the score of the method's held-out samples (temperature 1)
 when the fastest method was done. Until 90 %: sampled tokens and minutes until nine tenths of a method's own gain are reached and kept.
+`--rate` multiplies every method's learning rate, iqlite's too: whether a method is behind because its rate was another's choice.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,17 @@ EVERY = {"cheerful": 4, "concise": 6}
 UNTRAINED = ("base-", "told-", "superior-")  # whose answers are the same for every training seed
 
 
-def run(task: str, seed: int) -> tuple[dict[str, Any], dict[str, list[Point]]]:
+def run(task: str, seed: int, rate: float) -> tuple[dict[str, Any], dict[str, list[Point]]]:
     """(comparison, curves) of one seed; what is there isn't done again."""
-    path = OUT / f"{task}-{seed}"
+    path, recipe = OUT / f"{task}-{seed}{suffix(rate)}", Path("recipes") / f"{task}-135m.toml"
     command = [sys.executable, "-m", "iqlite"]
     if not (path / "result.json").exists():
         settings = [f"train.seed={seed}", f"train.eval_every={EVERY[task]}", "prompts.eval_count=24"]
+        if rate != 1:
+            settings.append(f"train.learning_rate={rate * tomllib.loads(recipe.read_text('utf-8'))['train']['learning_rate']:.3g}")
         words = [part for setting in settings for part in ("--set", setting)]
         resume = ["--resume"] if path.exists() else []
-        subprocess.run([*command, "train", f"recipes/{task}-135m.toml", "--out", str(path), *words, *resume], check=True)
+        subprocess.run([*command, "train", str(recipe), "--out", str(path), *words, *resume], check=True)
     (path / "answers").mkdir(exist_ok=True)
     for file in OUT.glob(f"{task}-*/answers/*.jsonl"):
         if file.name.startswith(UNTRAINED) and not (path / "answers" / file.name).exists():
@@ -46,6 +50,11 @@ def run(task: str, seed: int) -> tuple[dict[str, Any], dict[str, list[Point]]]:
     curves = json.loads(subprocess.run([*compare, "--checkpoints"], check=True, stdout=subprocess.PIPE, text=True).stdout)["curves"]
     named = {name.partition(": ")[2] or "trained": [Point(**point) for point in points] for name, points in curves.items()}
     return json.loads(done.stdout), named
+
+
+def suffix(rate: float) -> str:
+    """What a run at another learning rate has in its name."""
+    return "" if rate == 1 else f"-rate{rate:g}"
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -102,14 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rate", type=float, default=1.0)
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Any]] = {task: [] for task in args.tasks}
     for seed in args.seeds:
         for task in args.tasks:
-            found[task].append(run(task, seed))
+            found[task].append(run(task, seed, args.rate))
             text = "\n\n".join(table(name, results) for name, results in found.items() if results)
-            (OUT / f"{'-'.join(args.tasks)}.md").write_text(text + "\n", "utf-8")
+            (OUT / f"{'-'.join(args.tasks)}{suffix(args.rate)}.md").write_text(text + "\n", "utf-8")
             print(text, flush=True)
 
 
