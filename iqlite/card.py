@@ -12,7 +12,7 @@ from iqlite import __version__
 from iqlite.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from iqlite.monitors import HELD_OUT_KL
 from iqlite.recipe import HubPrompts, Recipe
-from iqlite.rundir import RESULT, RunDir, locked
+from iqlite.rundir import RunDir, locked
 
 if TYPE_CHECKING:
     from iqlite.prompts import Chat
@@ -60,23 +60,27 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     digest = adapter_digest(adapter)
     if evaluated:
-        last = evaluated[-1]
-        if run.best.is_dir() and adapter_digest(run.best) == digest:  # after a monitor's stop the run's adapter is the best one, too
-            ended = json.loads((run.path / RESULT).read_text("utf-8")) if (run.path / RESULT).is_file() else {}
-            last = next((line for line in evaluated if line["step"] == ended.get("best_step")), last)
+        last = max((line for line in evaluated if line["step"] <= run.step_of(adapter)), key=lambda line: line["step"])
         found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
         found["steps"] = last["step"]
+    compared: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
         one = json.loads(file.read_text("utf-8"))
         if one.get("adapter_sha256") != digest:
             continue
         if file.name.startswith(SAFETY):
-            found.setdefault("safety", []).append(one)
-        elif one["asked"] == HELD_OUT:
-            found["compare"] = one
-        else:
-            found.setdefault("elsewhere", []).append(one)
-    return found
+            checked[one["set"]] = one
+        elif one["asked"] not in compared or answers_in(one) >= answers_in(compared[one["asked"]]):
+            compared[one["asked"]] = one  # adapter and best may be the same one, and both have been asked
+    if HELD_OUT in compared:
+        found["compare"] = compared.pop(HELD_OUT)
+    return found | ({"elsewhere": [*compared.values()]} if compared else {}) | ({"safety": [*checked.values()]} if checked else {})
+
+
+def answers_in(comparison: Mapping[str, Any]) -> int:
+    """How many answers of each answerer a comparison holds."""
+    return int(comparison["prompts"] * comparison["seeds"])
 
 
 def adapter_digest(folder: Path) -> str:

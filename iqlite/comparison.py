@@ -127,7 +127,7 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
                 "win_rate": asdict(rate),
                 "win_rate_by_prompt": asdict(by_prompt),
                 "length_controlled": asdict(controlled),
-                "elo": asdict(rated[at][other]),
+                "elo": rated[at][other].bounded(),
                 "difference": asdict(paired(score_KPS[at] - score_KPS[other])),
                 "significant": len(won_PS) >= FEWEST and rate.excludes(0.5) and by_prompt.excludes(0.5),
             }

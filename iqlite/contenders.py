@@ -53,7 +53,7 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
     """
     given = load_pairs(pairs) if pairs else []
     folder = run.path / "baselines" / (f"{name}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}" if given else name)
-    steps = run.metrics()[-1]["step"] if run.metrics() else 0
+    steps = run.steps_taken()
     if (folder / RECORD).is_file():
         took = json.loads((folder / RECORD).read_text("utf-8"))["steps"]
         if steps and took != steps:

@@ -47,7 +47,7 @@ def of_run(run: RunDir, measure: Callable[[str], float]) -> list[Point]:
 
 
 def of_baseline(folder: Path, epoch: float, measure: Callable[[str], float]) -> list[Point]:
-    """A baseline's curve; `epoch` is what one step is of a pass over the prompts."""
+    """A baseline's curve; `epoch` is what one step is of a pass over its prompts or pairs."""
     at = {line["step"]: (line["tokens"], line["seconds"]) for line in RunDir(folder).metrics()}
     return _points(RunDir(folder), {0: (0.0, 0.0)} | at, epoch, measure)
 

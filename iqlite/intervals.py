@@ -6,7 +6,7 @@ Legend: P prompts, S seeds, K answerers. Answers to one prompt belong together, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,10 @@ class Estimate:
     def percent(self) -> str:
         """A share as 62 % (55..69)."""
         return f"{100 * self.value:.0f} % ({100 * self.low:.0f}..{100 * self.high:.0f})"
+
+    def bounded(self) -> dict[str, float | None]:
+        """Its fields for JSON, which has no infinity: None where there is no bound."""
+        return {name: bound if math.isfinite(bound) else None for name, bound in asdict(self).items()}
 
     def excludes(self, value: float) -> bool:
         """True if the interval doesn't hold `value`: the difference is significant at 5 %."""
@@ -71,7 +75,8 @@ def outcomes(scores_KPS: Array) -> Array:
 def elo(outcome_PKK: Array, seeds: int = 1) -> list[list[Estimate]]:
     """[i][j]: by how many Elo points i is above j. The Bradley–Terry fit, intervals by resampling prompts.
 
-    `seeds` answers to each prompt count as so many games; one virtual draw between any two is added.
+    `seeds` answers to each prompt count as so many games; one virtual draw between any two is added. Where i won every single game
+    against j, resampling them can't tell how much: no upper bound, and Wilson's lower one of the win rate where that is lower.
     """
     prompts = len(outcome_PKK)
     point = _strengths(outcome_PKK.sum(0)[None] * seeds)[0]
@@ -79,6 +84,10 @@ def elo(outcome_PKK: Array, seeds: int = 1) -> list[list[Estimate]]:
     drawn_RK = _strengths(drawn_RKK)
     above, drawn = ELO * (point[:, None] - point), ELO * (drawn_RK[:, :, None] - drawn_RK[:, None])
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    swept = (outcome_PKK == 1).all(0)
+    least = wilson(prompts, prompts).low
+    low[swept], high[swept] = np.minimum(low[swept], ELO * math.log(least / (1 - least))), math.inf
+    low, high = np.where(swept.T, -high.T, low), np.where(swept.T, -low.T, high)
     return [[Estimate(*map(float, one)) for one in zip(*rows, strict=True)] for rows in zip(above, low, high, strict=True)]
 
 

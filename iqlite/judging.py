@@ -24,9 +24,10 @@ KEY = "IQLITE_JUDGE_KEY"
 TRIES, TIMEOUT_S = 4, 120.0
 TOKENS, THINKING = 8, 2048  # of a reply, and of one that thinks first
 THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # templates may open it themselves
+SAID = {"a": 1.0, "b": 0.0, "t": 0.5, "tie": 0.5}
 TIE = re.compile(r"\W*(?:it(?:'s| is)\s+)?(?:a\s+)?(?:tie|draw)\b", re.IGNORECASE)
-VERDICT = re.compile(  # a letter that ends there, or goes on as a verdict does: "A good question" is none
-    r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])(?=\W*$|\s*[^\w\s]|\s+(?:is|wins|because|since|as|by|over)\b|\s*\n)",
+VERDICT = re.compile(  # a letter and nothing else on its line, or what can only praise it: "A good question", "A is too short", "A: dull, B: warm" are none
+    r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])(?:[^\w\n]*(?:$|\n)|\.\s(?!.*\b[ABT]\b)|\s+wins\b|\s+is\s+(?:the\s+)?better\b|,?\s+(?:because|since)\b)",
     re.IGNORECASE,
 )
 ASKED = """You compare two answers to the same request. {rubric}
@@ -104,17 +105,25 @@ class ModelJudge:
             import openai
         except ImportError:
             raise RunError("a judging model needs the openai client: pip install 'iqlite[compare]'.") from None
-        key = os.environ.get(KEY) or "none"
-        if not key.isascii():
+        key = os.environ.get(KEY, "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
             raise RunError(f"{KEY} holds letters that no key has: set it anew.")
         try:
-            if not urlsplit(self.url).hostname or urlsplit(self.url).port == 0:  # port raises for what is none
+            if not (host := urlsplit(self.url).hostname) or urlsplit(self.url).port == 0:  # port raises for what is none
                 raise ValueError("no host")
+            host.encode("idna")
             self._client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=TRIES)
-        except ValueError as error:
+        except ImportError:
+            raise RunError("the environment names a SOCKS proxy, for which the openai client needs one more package: pip install socksio, or unset ALL_PROXY.") from None  # fmt: skip
+        except Exception as error:  # noqa: BLE001 - InvalidURL is no ValueError, and its library another in each version of the client
             raise RunError(
-                f"--judge {self.url} is no address ({error}): write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b."
+                f"--judge {self.shown} is no address ({error}): write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b."
             ) from None
+
+    @property
+    def shown(self) -> str:
+        """The address without a password, for messages."""
+        return without_password(self.url)
 
     def prefers(self, request: Messages, first: str, second: str) -> float:
         """The mean of both orders: 1, 0.5 or 0 where they agree, a half where they don't."""
@@ -141,7 +150,7 @@ class ModelJudge:
             if TIE.match(reply):
                 return 0.5
             if letter := VERDICT.match(reply):
-                return {"a": 1.0, "b": 0.0, "t": 0.5}[letter[1].lower()]
+                return SAID[letter[1].lower()]
             if cut and room == THINKING:
                 break  # it would say the same again
             room = THINKING if cut else room
@@ -161,11 +170,11 @@ class ModelJudge:
                 return self._reply(text, room)
             said = _printable(str(error.message))[:200]
             raise RunError(
-                f"the judge at {self.url} refuses (HTTP {error.status_code}: {said}): check the model's name and {KEY}; verdicts so far are kept."
+                f"the judge at {self.shown} refuses (HTTP {error.status_code}: {said}): check the model's name and {KEY}; verdicts so far are kept."
             ) from None
         except openai.OpenAIError as error:
             raise RunError(
-                f"the judge at {self.url} can't be reached ({type(error).__name__}): start it, and compare again; verdicts so far are kept."
+                f"the judge at {self.shown} can't be reached ({type(error).__name__}): start it, and compare again; verdicts so far are kept."
             ) from None
         except ValueError:  # a body that isn't JSON
             found = None
@@ -178,7 +187,7 @@ class ModelJudge:
                 return said, cut
         except (AttributeError, TypeError, IndexError, KeyError):
             pass
-        raise RunError(f"the judge at {self.url} doesn't answer as an OpenAI-compatible server does: its address mostly ends in /v1.")
+        raise RunError(f"the judge at {self.shown} doesn't answer as an OpenAI-compatible server does: its address mostly ends in /v1.")
 
 
 @dataclass
@@ -205,12 +214,12 @@ class Human:
         self.show(f"\n{asked}\n\nA: {one}\n\nB: {two}")
         while True:
             try:
-                said = self.ask(f"{of}which is better, a, b, or t for a tie? ").strip().lower()[:1]
+                said = self.ask(f"{of}which is better, a, b, or t for a tie? ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 raise RunError("you stopped judging; what you said is kept, and the same command goes on.") from None
-            if said in ("a", "b", "t"):
+            if said in SAID:
                 break
-        verdict = {"a": 1.0, "b": 0.0, "t": 0.5}[said]
+        verdict = SAID[said]
         verdict = 1 - verdict if swapped else verdict
         self.kept.put(verdict, "me", asked, first, second)
         return verdict
@@ -276,6 +285,11 @@ def _printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def without_password(url: str) -> str:
+    """An address as it may be printed and logged."""
+    return re.sub(r"//[^/#]*@", "//", url)
+
+
 def rubric_of(rubric: str, wanted: Sequence[str]) -> str:
     """What a judging model is told to look for."""
     return rubric or f"Prefer the answer that better fits this description of the assistant: {' '.join(wanted)}"
@@ -288,6 +302,8 @@ def named(judge: str, rubric: str, kept: Path) -> Any | None:
     if judge.startswith(PREFIXES):
         url, _, model = judge.partition("#")
         if not model:
-            raise RunError(f"--judge {judge} names no model: write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b.")
+            raise RunError(
+                f"--judge {without_password(judge)} names no model: write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b."
+            )
         return ModelJudge(url, model, rubric, Kept(kept))
     return None

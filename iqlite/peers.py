@@ -49,7 +49,7 @@ def train_by_trl(
 
     With `pairs` DPO learns from those, answers cut at the recipe's rollout.max_new_tokens; its tokens are then the ones it learned from.
     """
-    rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, work, say, pairs)
+    rows, tokens, steps, shown, sampled, wanted, different = _rows(name, recipe, placement, work, say, pairs)
     gc.collect()  # the session's base before another is loaded: its layers are in reference cycles
     base = load_base(
         recipe.model.base,
@@ -80,13 +80,14 @@ def train_by_trl(
         "seconds": last["seconds"],
         "sampling_seconds": sampled,
         "learning_rate": rate,
+        "epochs": steps * _per_step(name, recipe) / different,
     }
 
 
 def _rows(
     name: str, recipe: Recipe, placement: str, work: RunDir, say: Callable[[str], None], pairs: Sequence[Pair]
-) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description | None]:
-    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description)."""
+) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description | None, int]:
+    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description, prompts or pairs of an epoch)."""
     session = open_session(recipe, placement=placement, say=say)
     wanted, steps = session.wanted, recipe.total_steps(len(session.train))
     if wanted is None and not pairs:
@@ -100,7 +101,7 @@ def _rows(
         )
     else:
         rows, tokens, seconds = _sampled(name, session, steps, work, say)
-    return rows, tokens, steps, eval_prompts(session), seconds, wanted
+    return rows, tokens, steps, eval_prompts(session), seconds, wanted, len(pairs) or len(session.train)
 
 
 def _per_step(name: str, recipe: Recipe) -> int:

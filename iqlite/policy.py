@@ -197,15 +197,19 @@ class Policy:
         """Puts an adapter's tensors back, to the bit."""
         set_peft_model_state_dict(self.model, dict(state), adapter_name=name)
 
-    def save_adapter(self, folder: Path, name: str = TRAINED) -> None:
-        """Writes adapter_config.json, adapter_model.safetensors and the base's identity into an existing, private folder."""
+    def save_adapter(self, folder: Path, name: str = TRAINED, *, step: int | None = None) -> None:
+        """Writes adapter_config.json, adapter_model.safetensors (which says the `step` it is of) and the base's identity into an existing, private folder."""
         from safetensors.torch import save_file
 
         config = self.model.peft_config[name]
         inference_mode, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(folder))
         config.inference_mode = inference_mode
-        save_file(self.state(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            self.state(name),
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}),
+        )
         self.base.identity.write(folder)
 
     def _add(self, name: str, config: Any, state: Mapping[str, Tensor]) -> None:

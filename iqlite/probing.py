@@ -191,7 +191,7 @@ ESTIMATE = next(iter(RANKINGS))
 def agreement(ranked: Mapping[str, Estimate], pairs: int) -> str:
     """What the superior estimate says of pairs beside the controls: in a sentence."""
     first = ranked[ESTIMATE]
-    if first.high < 0.5:
+    if pairs >= FEWEST and first.high < 0.5:
         return f"This base's superior estimate ranks these {pairs} pairs worse than chance: it prefers what people rejected."
     if pairs < FEWEST or not first.low > 0.5:
         return f"This base's superior estimate can't be told from chance on these {pairs} pairs."

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from iqlite.errors import RunError
-from iqlite.identity import Identity, check_adapter
+from iqlite.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.recipe import Recipe, load_recipe, to_data
 
 if TYPE_CHECKING:
@@ -81,11 +81,24 @@ class RunDir:
         if which not in ("adapter", "best"):
             raise RunError(f"--adapter {which!r} isn't one of the run's: adapter (as training left it) or best.")
         folder = self.path / which
-        if not (folder / "adapter_model.safetensors").is_file():
+        if not (folder / ADAPTER_WEIGHTS).is_file():
             raise RunError(
                 f"{self.path} has no {which}/ yet, its training hasn't finished: go on with iqlite train … --out {self.path} --resume."
             )
         return folder
+
+    def step_of(self, adapter: Path) -> int:
+        """The step after which one of the run's adapters was saved: metrics may be further on, after a resume that was killed."""
+        from safetensors import safe_open
+
+        with safe_open(adapter / ADAPTER_WEIGHTS, "numpy") as file:
+            return int((file.metadata() or {}).get("step", self.metrics()[-1]["step"] if self.metrics() else 0))
+
+    def steps_taken(self) -> int:
+        """How many steps the run's adapter has behind it, 0 if it has none: a monitor's stop leaves the best one, of an earlier step."""
+        if (self.path / RESULT).is_file():
+            return int(json.loads((self.path / RESULT).read_text("utf-8"))["step"])
+        return self.step_of(self.adapter) if (self.adapter / ADAPTER_WEIGHTS).is_file() else 0
 
     def recipe(self) -> Recipe:
         """The locked recipe."""

@@ -55,7 +55,7 @@ def load_items(path: Path | None = None) -> list[Item]:
         try:
             row = json.loads(line)
             item = Item(row["kind"], row["prompt"], row.get("group", ""))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             item = Item("", "")
         texts = (item.kind, item.prompt, item.group)
         readable = all(isinstance(text, str) and is_text(text) for text in texts)

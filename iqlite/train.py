@@ -99,7 +99,7 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
 
     why = why or "finished"
     if why in ("finished", "interrupted") or not run.best.is_dir():
-        run.save_folder(run.adapter, policy.save_adapter)
+        run.save_folder(run.adapter, lambda folder: policy.save_adapter(folder, step=step))
     else:  # a monitor stopped it: what is left is the best adapter, not the last
         run.save_folder(run.adapter, run.copy_best)
     outcome = Outcome(step, total, why, monitors.best_step, monitors.best_kl)
@@ -248,7 +248,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
                     report.sample(step, prompt, answer)
     best, verdicts = monitors.after_eval(step, values)
     if best:
-        run.save_folder(run.best, session.policy.save_adapter)
+        run.save_folder(run.best, lambda folder: session.policy.save_adapter(folder, step=step))
     return values, verdicts
 
 

@@ -131,9 +131,9 @@ def test_a_run_may_be_called_as_somebody_else_is(iqlite: Callable[..., Any], mak
     assert code == 0, err
     names = [m["name"] for m in json.loads(out)["measures"]]
     assert names == ["base", "told (system turn)", "told (user turn)", "base (run 2)", "trained (run 2)", "ppo (run 2)", "trained"]
-    other = make_run("told by me", train={"seed": 1})
+    other = make_run("told by \x1b]0;me", train={"seed": 1})
     code, out, err = iqlite("compare", run.path, other.path, "--seeds", "1", "--no-safety")
-    assert code == 0 and " told by me=" in out.strip().splitlines()[-1], err
+    assert code == 0 and " told by ]0;me=" in out.strip().splitlines()[-1] and "\x1b" not in out, err
 
 
 def test_the_recipe_s_outside_prompts_are_asked_by_name(

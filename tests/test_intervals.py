@@ -60,7 +60,20 @@ def test_elo_is_a_logistic_regression_on_who_met_whom() -> None:
 
 def test_elo_of_two_is_the_closed_form_and_a_sweep_is_finite() -> None:
     games = outcomes(np.stack([np.zeros((10, 1)), np.ones((10, 1))]))
-    assert elo(games)[1][0].value == pytest.approx(400 * np.log10(10.5 / 0.5), abs=1e-3)
+    found, other = elo(games)[1][0], elo(games)[0][1]
+    assert found.value == pytest.approx(400 * np.log10(10.5 / 0.5), abs=1e-3)
+    least = proportion_confint(10, 10, method="wilson")[0]
+    assert found.low == pytest.approx(400 * np.log10(least / (1 - least))) and found.high == np.inf and found.bounded()["high"] is None
+    assert (other.value, other.low, other.high) == pytest.approx((-found.value, -np.inf, -found.low))
+
+
+def test_a_sweep_stays_unbounded_beside_others_and_whom_nobody_met() -> None:
+    rng = np.random.default_rng(5)
+    games = outcomes(np.concatenate([rng.normal(size=(2, 20, 1)), np.full((1, 20, 1), 9.0)]))
+    games[:, :2, :2] = 0  # only the last met the others, as where a judge looks at pairs
+    found = elo(games)
+    assert all(found[2][k].high == np.inf and found[k][2].low == -np.inf and found[2][k].low < found[2][k].value for k in (0, 1))
+    assert np.isfinite([found[0][1].low, found[0][1].high]).all()
 
 
 def test_length_control_is_a_logit_on_the_difference_in_length() -> None:

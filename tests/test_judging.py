@@ -195,12 +195,47 @@ def test_a_server_that_isnt_there_is_one_sentence(
     assert code == 2 and "can't be reached" in err and err.strip().count("\n") == err.strip().count("answering")
     code, _, err = iqlite("compare", run.path, *options, "--judge", "http://127.0.0.1:9/v1")
     assert code == 2 and "names no model" in err
-    for address in ("http://127.0.0.1:91x/v1", "http://[::1", "http://"):
-        code, _, err = iqlite("compare", run.path, *options, "--judge", f"{address}#m")
-        assert code == 2 and "is no address" in err and err.count("\n") == 1, err  # before anybody answers
-    monkeypatch.setenv("IQLITE_JUDGE_KEY", "ключ")
+    for address in (
+        "http://127.0.0.1:91x/v1",
+        "http://[::1",
+        "http://",
+        "http://192.168.1.300/v1",
+        "http://[::1]x/v1",
+        "http://me:secret@a..b/v1",
+    ):
+        code, out, err = iqlite("compare", run.path, *options, "--judge", f"{address}#m")
+        assert code == 2 and "is no address" in err and err.count("\n") == 1 and "secret" not in err, err
+        assert "answering" not in out + err
+    code, _, err = iqlite("compare", run.path, *options, "--judge", "http://me:se@cret@127.0.0.1:9/v1#m")
+    assert code == 2 and "http://127.0.0.1:9/v1 can't be reached" in err and "cret" not in err
+    for key in ("ключ", "a\nb"):
+        monkeypatch.setenv("IQLITE_JUDGE_KEY", key)
+        code, _, err = iqlite("compare", run.path, *options, "--judge", "http://127.0.0.1:9/v1#m")
+        assert code == 2 and "IQLITE_JUDGE_KEY" in err and err.count("\n") == 1, err
+    monkeypatch.setenv("IQLITE_JUDGE_KEY", " abc\n")
+    ModelJudge("http://127.0.0.1:9/v1", "m", "", Kept(run.path / "none.jsonl"))
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
     code, _, err = iqlite("compare", run.path, *options, "--judge", "http://127.0.0.1:9/v1#m")
-    assert code == 2 and "IQLITE_JUDGE_KEY" in err and err.count("\n") == 1, err
+    assert code == 2 and "SOCKS" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        *((reply, 1.0) for reply in ("A", " a.", "**A**", "(A)", "Answer: A", "The better answer is A.", "Answer A is better.", "A is the better one", "A. It is warmer.", "A\n\nB is dull.", "A, because B is cold", "A wins")),
+        *((reply, 0.5) for reply in ("T", "Tie", "It's a tie.", "A draw")),
+        *((reply, None) for reply in ("A is worse than B.", "A is not better", "Answer A is too short", "A's tone is colder", "A, B, or T?", "A/B", "A: dull. B: warm. B", "A. dull. B. warm.", "A good question", "Both", "")),
+    ],
+)  # fmt: skip
+def test_only_a_verdict_is_one(reply: str, verdict: float | None, front: Front, tmp_path: Path) -> None:
+    judge = ModelJudge(front.url, "m", "", Kept(tmp_path / "kept.jsonl"))
+    front.faults = [reply or "nothing"] * 4 + ["T"]
+    found = judge.prefers(REQUEST, "one", "two")
+    if verdict is None:
+        assert judge.malformed == 1 and found == 0.5
+    else:
+        assert judge.malformed == 0 and found == 0.5 and len(front.seen) == 2
+        assert judge.kept.get(front.url, "m", front.seen[0]["messages"][0]["content"]) == verdict
 
 
 def test_compare_by_a_judging_model(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], front: Front) -> None:
@@ -240,7 +275,7 @@ def test_a_reward_model_and_a_classifier(tiny: Callable[..., Path], tmp_path: Pa
 
 def test_a_person_is_asked_blind_and_once(tmp_path: Path) -> None:
     shown: list[str] = []
-    answers = iter(["x", "a", "t"])
+    answers = iter(["x", "both", "a b", "a", "t"])
     person = Human(lambda text: next(answers), shown.append, Kept(tmp_path / "kept.jsonl"))
     verdict = person.prefers(REQUEST, "first answer", "second answer")
     assert verdict == (1.0 if shown[0].index("first answer") < shown[0].index("second answer") else 0.0)

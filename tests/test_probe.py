@@ -13,7 +13,7 @@ import tomli_w
 import torch
 
 from iqlite.curves import Point, of_run, until
-from iqlite.intervals import Estimate
+from iqlite.intervals import Estimate, wilson
 from iqlite.preferences import Pair
 from iqlite.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, lint, ranks, suggested, verdict
 from iqlite.recipe import Recipe, to_data
@@ -123,6 +123,7 @@ def test_what_pairs_say_is_said_beside_the_controls() -> None:
     assert "so does likelihood, sum, read upside down, (75%)" in agreement(ranked(Estimate(0.7, 0.6, 0.8), 0.25), 100)
     assert "can't be told from chance" in agreement(ranked(Estimate(0.55, 0.45, 0.65)), 100)
     assert "worse than chance" in agreement(ranked(Estimate(0.3, 0.2, 0.4)), 100)
+    assert "can't be told from chance" in agreement(ranked(wilson(0, 4)), 4)
 
 
 def test_the_readings_differ_by_the_models_own_kl(make_session: Callable[..., Session]) -> None:
@@ -155,8 +156,8 @@ def test_a_whole_probe(iqlite: Callable[..., Any], recipe_file: Callable[..., Pa
     assert "KL(π⁺‖π⁻)" in out and "too few to tell" in out and "can't be told from chance on these 1 pairs" in out
     code, out, err = iqlite("probe", recipe_file(), "--prompts", "2", "--strength", "1", "--set", "rollout.max_new_tokens=2", "--json")
     assert code == 0 and "NaN" not in out and None in json.loads(out)["contrast"]["kl_by_part"], err
-    code, _, err = iqlite("probe", recipe_file(), "--strength", "nan")
-    assert code == 2 and "strength nan can't be used" in err and "answered" not in err
+    code, out, err = iqlite("probe", recipe_file(), "--strength", "nan")
+    assert code == 2 and "strength nan can't be used" in err and "answered" not in out
     code, _, err = iqlite("probe", recipe_file(), "--pairs", "none.jsonl")
     assert code == 2 and "none.jsonl: no such file" in err and err.count("\n") == 1
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hello!"}\n')
@@ -183,8 +184,9 @@ def test_curves_are_what_training_left(iqlite: Callable[..., Any], recipe_file: 
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello!", "rejected": "No."}) + "\n")
     assert iqlite("compare", run.path, "--with", "ppo,dpo", "--pairs", "pairs.jsonl", "--seeds", "1", "--no-safety")[0] == 0
     code, out, _ = iqlite("compare", run.path, "--checkpoints", "--json", "--judge", "shorter")
-    for name in ("ppo", "dpo (pairs.jsonl)"):
-        assert [p["step"] for p in json.loads(out)["curves"][f"run: {name}"]] == [0, 2, 3]
+    for name, epochs in (("ppo", 3 * 4 / 8), ("dpo (pairs.jsonl)", 3 * 2 / 1)):  # DPO: two pairs a step, of the one there is
+        curve = json.loads(out)["curves"][f"run: {name}"]
+        assert [p["step"] for p in curve] == [0, 2, 3] and curve[-1]["epoch"] == pytest.approx(epochs)
 
 
 def test_ninety_percent_of_the_gain_has_to_be_kept() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from iqlite.answers import Answer
-from iqlite.card import figures, warnings
+from iqlite.card import adapter_digest, figures, warnings
 from iqlite.judges import tone
 from iqlite.records import StepMetrics
 from iqlite.rundir import RunDir
@@ -140,12 +141,24 @@ def test_a_manifest_without_figures_says_so() -> None:
 
 def test_the_best_adapter_has_its_own_held_out_figures(make_run: Callable[..., RunDir]) -> None:
     run = make_run()
-    for step, kl in enumerate((1.0, 0.4, 0.7)):
+    for step, kl in enumerate((1.0, 0.4, 0.7, 0.6)):
         run.add_metrics(StepMetrics(step, {"eval/kl_policy_superior": kl}))
-    run.write_result({"step": 2, "best_step": 1})
+    weights = load_file(run.adapter / "adapter_model.safetensors")
     shutil.copytree(run.adapter, run.best)
-    config = run.best / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1.0}))
+    for folder, step in ((run.adapter, 2), (run.best, 1)):  # interrupted after step 2; resumed, and killed after step 3
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt", "step": str(step)})
     found = [figures(run, folder) for folder in (run.adapter, run.best)]
     assert [one["held_out_kl_policy_superior"] for one in found] == [{"before": 1.0, "after": 0.7}, {"before": 1.0, "after": 0.4}]
-    assert [one["steps"] for one in found] == [2, 1]
+    assert [one["steps"] for one in found] == [2, 1] and run.steps_taken() == 2
+
+
+def test_of_two_comparisons_of_one_adapter_the_larger_counts(make_run: Callable[..., RunDir]) -> None:
+    run = make_run()
+    shutil.copytree(run.adapter, run.best)  # a monitor's stop
+    of = {"adapter_sha256": adapter_digest(run.adapter)}
+    for name, prompts in (("compare-best.json", 64), ("compare.json", 2), ("compare-best.a.json", 9), ("compare.a.json", 10)):
+        run.write(name, json.dumps({**of, "asked": "a" if ".a." in name else "held out", "prompts": prompts, "seeds": 1}))
+    for name in ("safety-best.json", "safety.json", "safety.mine.json"):
+        run.write(name, json.dumps({**of, "set": name.partition("mine")[1]}))
+    found = figures(run, run.best)
+    assert found["compare"]["prompts"] == 64 and [one["prompts"] for one in found["elsewhere"]] == [10] and len(found["safety"]) == 2

@@ -189,6 +189,7 @@ def test_a_stop_leaves_the_best_adapter(make_session: Callable[..., Session], tm
     adapter, best = (load_file(folder / "adapter_model.safetensors") for folder in (run.adapter, run.best))
     assert all(torch.equal(value, best[name]) for name, value in adapter.items())
     assert outcome.best_step < outcome.step
+    assert run.step_of(run.adapter) == run.step_of(run.best) == outcome.best_step and run.steps_taken() == outcome.step
 
 
 def test_a_description_without_effect_stops_with_the_reason(make_session: Callable[..., Session], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iqlite.answers import Answerer, collect, told_answerers
-from iqlite.card import COMPARISON, HELD_OUT, adapter_digest, file_of
+from iqlite.card import COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
 from iqlite.comparison import (
     Answers,
     Figures,
@@ -122,7 +122,7 @@ def run(
         "judge": by.rpartition("#")[2] if isinstance(other_judge, ModelJudge) else by,
         "measures": [asdict(row) for row in rows],
         "contests": found,
-        "elo": {name: asdict(above[0]) for name, above in zip(names, rated, strict=True)},
+        "elo": {name: above[0].bounded() for name, above in zip(names, rated, strict=True)},
         "categories": by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
         "safety": safe,
     }
@@ -145,7 +145,7 @@ def run(
     best = [replace(max(tellings, key=lambda r: r.score), name="told")] if tellings else []
     last = [rows[0], *best, *rows[1 + len(told) :]]
     _keep(run_dir, file_of(COMPARISON, adapter, prompts.name if prompts else ""), result, console)
-    console.print(" ".join([measure, *(f"{r.name}={r.score:.2f}" for r in last)]), markup=False)
+    console.print(clean(" ".join([measure, *(f"{r.name}={r.score:.2f}" for r in last)])))
     return 0
 
 
@@ -153,7 +153,7 @@ def _keep(run_dir: RunDir, name: str, result: dict[str, Any], console: Console) 
     """Writes a comparison into the run for the model card, unless a larger one of the same held-out prompts and adapter is there."""
     if result["asked"] == HELD_OUT and (run_dir.path / name).is_file():
         old = json.loads((run_dir.path / name).read_text("utf-8"))
-        if old["adapter_sha256"] == result["adapter_sha256"] and old["prompts"] * old["seeds"] > result["prompts"] * result["seeds"]:
+        if old["adapter_sha256"] == result["adapter_sha256"] and answers_in(old) > answers_in(result):
             console.print(f"[dim]{name} stays as it was: it holds more answers ({old['prompts']} prompts × {old['seeds']} seeds)[/]")
             return
     run_dir.write(name, json.dumps(result, indent=2) + "\n")
@@ -168,10 +168,9 @@ def checkpoints(runs: Sequence[RunDir], *, judge: str | None, as_json: bool, con
     for run_dir in runs:
         name = run_dir.path.resolve().name if run_dir.path.resolve().name not in found else str(run_dir.path)
         found[name] = of_run(run_dir, MEASURES[measure])
-        epoch = found[name][-1].epoch / max(1, found[name][-1].step)
         for folder in sorted(file.parent for file in (run_dir.path / "baselines").glob(f"[a-z]*/{RECORD}")):
-            if curve := of_baseline(folder, epoch, MEASURES[measure]):
-                record = json.loads((folder / RECORD).read_text("utf-8"))
+            record = json.loads((folder / RECORD).read_text("utf-8"))
+            if curve := of_baseline(folder, record["epochs"] / record["steps"], MEASURES[measure]):
                 found[f"{name}: {shown(record['method'], record.get('pairs'))}"] = curve
     if as_json:
         print(json.dumps({"measure": measure, "curves": {name: [asdict(p) for p in points] for name, points in found.items()}}))
@@ -219,9 +218,9 @@ def _ask(
         task = progress.add_task("", total=len(who) * len(samplers) * len(asked))
         advance: Callable[[int], None] = lambda rows: progress.advance(task, rows)  # noqa: E731
         for one in who:
-            progress.update(task, description=one.name)
+            progress.update(task, description=clean(one.name))
             if progress.disable:
-                console.print(f"answering: {one.name}", markup=False)
+                console.print(f"answering: {clean(one.name)}")
             answers[one.name] = collect(session, run_dir, one, asked.requests, samplers, advance)
     return answers
 
@@ -262,13 +261,13 @@ def _show(
         cells = []
         for one in found:
             rate, controlled, name = Estimate(**one["win_rate"]), Estimate(**one["length_controlled"]), one["against"]
-            ahead = Estimate(**one["elo"])
             cells.append(
                 [
                     clean(_short(name)),
                     rate.percent() + (" *" if one["significant"] else "  "),
                     "" if by == "shorter" else controlled.percent(),
-                    f"{ahead.value:+.0f}" + (f" ({ahead.low:+.0f}..{ahead.high:+.0f})" if prompts >= FEWEST else ""),
+                    "{value:+.0f}".format(**one["elo"])
+                    + (f" ({_points(one['elo']['low'], '−')}..{_points(one['elo']['high'], '+')})" if prompts >= FEWEST else ""),
                 ]
             )
         title = f"{TRAINED} wins by {by} (95 % intervals; * significant by itself; ties are halves)"
@@ -286,6 +285,11 @@ def _show(
         console.print(table(f"{measure} by category", ["", "prompts", *map(clean, names), f"{TRAINED} beats base"], cells))
         if measure in MEASURES and measure != "shorter":
             console.print(f"[dim]{measure} is read off English words: of other languages it tells little[/]")
+
+
+def _points(elo: float | None, sign: str) -> str:
+    """A bound of an Elo difference; None is that there isn't one."""
+    return f"{sign}∞" if elo is None else f"{elo:+.0f}"
 
 
 def _short(name: str) -> str:
@@ -307,7 +311,7 @@ def _show_safety(console: Console, safe: dict[str, Any]) -> None:
         if safe["figures"][names[0]][key] is not None
     ]
     if cells:
-        console.print(table(f"safety, greedy answers to {safe['set']}", ["", *names], cells))
+        console.print(table(f"safety, greedy answers to {clean(safe['set'])}", ["", *names], cells))
     for sentence in safe["worse"]:
         console.print(f"[bold yellow]{clean(sentence[0].upper() + sentence[1:])}[/]")
 
