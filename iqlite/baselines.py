@@ -163,13 +163,7 @@ def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str,
             _checkpoint(session, work, optimizer, value, step, tokens, values["seconds"])
         begin += time.perf_counter() - paused
     policy.save_adapter(work.path)
-    return {
-        "steps": total,
-        "sampled_tokens": tokens,
-        "seconds": time.perf_counter() - begin,
-        "learning_rate": recipe.train.learning_rate,
-        "epochs": total * recipe.rollout.prompts_per_step / len(session.train),
-    }
+    return {"steps": total, "sampled_tokens": tokens, "seconds": time.perf_counter() - begin, "learning_rate": recipe.train.learning_rate}
 
 
 def _checkpoint(session: Session, work: RunDir, optimizer: Any, value: Value, step: int, tokens: int, seconds: float) -> None:

@@ -60,7 +60,8 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     digest = adapter_digest(adapter)
     if evaluated:
-        last = max((line for line in evaluated if line["step"] <= run.step_of(adapter)), key=lambda line: line["step"])
+        step = run.step_of(adapter)
+        last = [line for line in evaluated if line["step"] <= step][-1]
         found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
         found["steps"] = last["step"]
     compared: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from iqlite.baselines import train_ppo
 from iqlite.errors import RunError
-from iqlite.peers import ROWS, TRAINER, TRL, check_trl, train_by_trl
+from iqlite.peers import ROWS, TRAINER, TRL, check_trl, per_step, train_by_trl
 from iqlite.preferences import load_pairs
 from iqlite.recipe import Recipe
 from iqlite.rundir import RunDir, explained
@@ -78,6 +78,7 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
                 record = train_ppo(session, work, step)
             else:
                 record = train_by_trl(name, recipe, placement, work, say, given)
+            record["epochs"] = record["steps"] * per_step(name, recipe) / (len(given) or run.environment()["prompts"]["train"])
             work.write(RECORD, json.dumps({"method": name, **({"pairs": pairs.name} if pairs else {}), **record}, indent=2) + "\n")
         work.path.rename(folder)
         for leftover in ("checkpoints", TRAINER):

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+
+from pydantic import HttpUrl
 
 from iqlite.errors import RunError
 from iqlite.records import Messages
@@ -109,16 +110,13 @@ class ModelJudge:
         if not (key.isascii() and key.isprintable()):
             raise RunError(f"{KEY} holds letters that no key has: set it anew.")
         try:
-            if not (host := urlsplit(self.url).hostname) or urlsplit(self.url).port == 0:  # port raises for what is none
-                raise ValueError("no host")
-            host.encode("idna")
+            (HttpUrl(self.url).host or "").encode("idna")
+        except ValueError:
+            raise RunError(f"--judge {self.shown} is no address: write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b.") from None
+        try:
             self._client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=TRIES)
         except ImportError:
             raise RunError("the environment names a SOCKS proxy, for which the openai client needs one more package: pip install socksio, or unset ALL_PROXY.") from None  # fmt: skip
-        except Exception as error:  # noqa: BLE001 - InvalidURL is no ValueError, and its library another in each version of the client
-            raise RunError(
-                f"--judge {self.shown} is no address ({error}): write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b."
-            ) from None
 
     @property
     def shown(self) -> str:

@@ -49,7 +49,7 @@ def train_by_trl(
 
     With `pairs` DPO learns from those, answers cut at the recipe's rollout.max_new_tokens; its tokens are then the ones it learned from.
     """
-    rows, tokens, steps, shown, sampled, wanted, different = _rows(name, recipe, placement, work, say, pairs)
+    rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, work, say, pairs)
     gc.collect()  # the session's base before another is loaded: its layers are in reference cycles
     base = load_base(
         recipe.model.base,
@@ -61,7 +61,7 @@ def train_by_trl(
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
     base.tokenizer.chat_template = chat.template
     rate = recipe.train.learning_rate * (DPO_RATE if name == "dpo" else 1)
-    trainer = _trainer(name, recipe, base, rows, work.path, per_step=_per_step(name, recipe), steps=steps)
+    trainer = _trainer(name, recipe, base, rows, work.path, per_step=per_step(name, recipe), steps=steps)
     if name == "sdft" and wanted:  # the description where the run has it, with its demonstrations
         trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, _: [dict(t) for t in chat.describe(tuple(prompt), wanted)]
     _as_iqlite_learns(trainer, recipe, rate, steps)
@@ -80,20 +80,19 @@ def train_by_trl(
         "seconds": last["seconds"],
         "sampling_seconds": sampled,
         "learning_rate": rate,
-        "epochs": steps * _per_step(name, recipe) / different,
     }
 
 
 def _rows(
     name: str, recipe: Recipe, placement: str, work: RunDir, say: Callable[[str], None], pairs: Sequence[Pair]
-) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description | None, int]:
-    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description, prompts or pairs of an epoch)."""
+) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description | None]:
+    """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description)."""
     session = open_session(recipe, placement=placement, say=say)
     wanted, steps = session.wanted, recipe.total_steps(len(session.train))
     if wanted is None and not pairs:
         raise RunError(f"{recipe.path}: --with {name} needs a described behaviour, and estimator {recipe.superior.estimator!r} has none.")
     if pairs:
-        rows, tokens, seconds = *_given(session, pairs, steps * _per_step("dpo", recipe)), 0.0
+        rows, tokens, seconds = *_given(session, pairs, steps * per_step("dpo", recipe)), 0.0
         same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
         cut = sum(row[side][-1] != session.chat.turn_end for row in rows for side in ("chosen_ids", "rejected_ids"))
         say(
@@ -101,10 +100,10 @@ def _rows(
         )
     else:
         rows, tokens, seconds = _sampled(name, session, steps, work, say)
-    return rows, tokens, steps, eval_prompts(session), seconds, wanted, len(pairs) or len(session.train)
+    return rows, tokens, steps, eval_prompts(session), seconds, wanted
 
 
-def _per_step(name: str, recipe: Recipe) -> int:
+def per_step(name: str, recipe: Recipe) -> int:
     """Rows of a step. DPO has two answers to a prompt: half the prompts, so that as many tokens are sampled."""
     return max(1, recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1))
 
@@ -120,7 +119,7 @@ def _sampled(name: str, session: Session, steps: int, work: RunDir, say: Callabl
     for step in range(len(work.lines(ROWS)) + 1, steps + 1):
         begin, tokens = time.perf_counter(), 0
         rows: list[dict[str, Any]] = []
-        chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)[: _per_step(name, recipe)]
+        chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)[: per_step(name, recipe)]
         requests = [session.train.requests[i] for i in chosen]
         if name == "sdft":  # it samples as it goes
             rows = [{"prompt": [dict(t) for t in session.chat.describe(r, None)], "privileged_context": wanted.text} for r in requests]

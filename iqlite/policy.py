@@ -205,11 +205,8 @@ class Policy:
         inference_mode, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(folder))
         config.inference_mode = inference_mode
-        save_file(
-            self.state(name),
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}),
-        )
+        metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
+        save_file(self.state(name), folder / "adapter_model.safetensors", metadata)
         self.base.identity.write(folder)
 
     def _add(self, name: str, config: Any, state: Mapping[str, Tensor]) -> None:

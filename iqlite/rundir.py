@@ -92,7 +92,10 @@ class RunDir:
         from safetensors import safe_open
 
         with safe_open(adapter / ADAPTER_WEIGHTS, "numpy") as file:
-            return int((file.metadata() or {}).get("step", self.metrics()[-1]["step"] if self.metrics() else 0))
+            said = (file.metadata() or {}).get("step")
+        if said is None and self.metrics():  # saved before adapters said so
+            return int(self.metrics()[-1]["step"])
+        return int(said or 0)
 
     def steps_taken(self) -> int:
         """How many steps the run's adapter has behind it, 0 if it has none: a monitor's stop leaves the best one, of an earlier step."""

@@ -34,6 +34,7 @@ from iqlite.records import Messages, Prompts, Rollout
 from iqlite.rollout import Sampler, sample
 from iqlite.sizes import Sizes
 from iqlite.superior import Reading, read
+from iqlite.timing import card_here
 
 PLACEMENT_PROMPTS, PLACEMENT_TOKENS = 8, 16  # how much `placement = "auto"` reads both ways; ours
 READING_MARGIN = 16  # tokens of the context kept free
@@ -150,6 +151,17 @@ def readings(recipe: Recipe, placement: str, weights: str) -> tuple[Reading, ...
     return tuple(found)
 
 
+def unused_card() -> str:
+    """Why a card of this computer isn't used, and what to do; empty if there is none, or if it was hidden on purpose."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ or not (card := card_here()):
+        return ""
+    if torch.version.cuda is None:
+        cause = f"this torch ({torch.__version__}) was built for CPUs only: install the CUDA build that PyTorch's own page names for your system"
+    else:
+        cause = f"torch {torch.__version__} can't reach it: update its driver, which must know CUDA {torch.version.cuda}"
+    return f"{card[0]} isn't used, since {cause}. Going on without it."
+
+
 def open_session(
     recipe: Recipe,
     *,
@@ -172,6 +184,8 @@ def open_session(
         train, held_out = hold_back(train, f"{key}train = {name_of(recipe.prompts.train)}")
     say(f"loading {recipe.model.base}")
     device, _ = device_and_dtype()
+    if device.type == "cpu" and (why := unused_card()):
+        say(why)
     free = free_memory(device)
 
     def check(config: Mapping[str, Any]) -> None:

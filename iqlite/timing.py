@@ -6,6 +6,7 @@ Decoding is bound by what each token reads of memory, reading and updating by ar
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -145,3 +146,15 @@ def steps_of(recipe: Recipe) -> int | None:
         return recipe.total_steps(1)
     prompts = prompts_of(recipe)
     return None if prompts is None else recipe.total_steps(prompts)
+
+
+def card_here() -> tuple[str, float] | None:
+    """(name, free bytes) of the first card, asked of the driver's own tool: importing torch would take seconds."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
+        )
+        name, free = asked.stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(free) * 2**20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None

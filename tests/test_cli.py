@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -328,3 +329,20 @@ def test_out_of_memory_is_one_sentence(
     monkeypatch.setattr(torch.optim.AdamW, "step", full)  # where the optimizer's state first needs memory
     code, _, err = iqlite("train", recipe(), "--out", "run")
     assert code == 2 and "memory is full" in err and "rollout.max_new_tokens" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or os.name == "nt", reason="this torch uses the card, or a script can't stand for nvidia-smi")
+def test_a_card_that_isnt_used_is_said(
+    iqlite: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4070, 11000'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code, out, err = iqlite("train", recipe(), "--out", "run")
+    said = "install the CUDA build" if torch.version.cuda is None else "update its driver"
+    assert code == 0 and "NVIDIA GeForce RTX 4070 isn't used, since" in out and said in out, err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "isn't used" not in iqlite("train", recipe(), "--out", "hidden")[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from iqlite.fit import advice, choose, given_widths
 from iqlite.memory import GIB, PHASES, Plan, Work, shape_of
 from iqlite.recipe import Recipe, load_recipe, shipped_recipes
 from iqlite.terminal import duration, facts, table
-from iqlite.timing import Rates, card_named, cards, seconds_of_step, steps_of, typical_prompt
+from iqlite.timing import Rates, card_here, card_named, cards, seconds_of_step, steps_of, typical_prompt
 
 SIZES_GB = (6, 8, 10, 12, 16, 24)
 FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; ours
@@ -156,7 +155,7 @@ def _machine(vram: str | None, card: str | None, device: str | None) -> Machine:
         return Machine("cuda", free, name, Rates.of_card(name))
     if vram is not None:
         return Machine("cuda", _size(vram), "a card", None)
-    here = None if device == "cpu" else _card_here()
+    here = None if device == "cpu" else card_here()
     if here is not None:
         return Machine("cuda", here[1], here[0], Rates.here(here[0]))
     if device == "cuda":
@@ -172,15 +171,3 @@ def _size(text: str) -> float:
     if found is None or found[2].upper() not in UNITS or float(found[1]) == 0:
         raise RecipeError(f"--vram {text!r} isn't a size: write it like 8GB, what the driver reports as free.")
     return float(found[1]) * UNITS[found[2].upper()]
-
-
-def _card_here() -> tuple[str, float] | None:
-    """(name, free bytes) of the first card, asked of the driver's own tool: importing torch would take seconds."""
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
-        )
-        name, free = asked.stdout.splitlines()[0].rsplit(",", 1)
-        return name.strip(), float(free) * 2**20
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return None
