@@ -1,6 +1,8 @@
-"""Who answers in a comparison, and the answers themselves, kept in the run so that no question is put twice.
+"""Who answers in a look, a probe or a comparison, and the answers themselves, kept so that no question is put twice.
 
-runs/NAME/answers/WHO-DIGEST.jsonl   a line an answer; the digest covers all that it depends on but the seed
+WHO-DIGEST.jsonl holds a line an answer; the digest covers all that it depends on but the request and the seed, which the line names. What
+a run's adapters say is kept in runs/NAME/answers/; what needs no training (base, told base, superior) in the user's cache too, so that a
+look before training, a probe and a comparison share it.
 """
 
 from __future__ import annotations
@@ -8,23 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
-from iqlite.chunked import spans
 from iqlite.contrast import superior_answers
-from iqlite.objectives import of_tokens
+from iqlite.gguf_files import cache_folder
+from iqlite.measuring import rollout_of, token_logps
 from iqlite.prompts import Description
 from iqlite.records import Messages, Rollout
-from iqlite.rollout import Sampler
-from iqlite.rundir import RunDir, explained
+from iqlite.rundir import explained
+from iqlite.sampling import Sampler
 from iqlite.session import Session
-from iqlite.superior import Reading, read
+from iqlite.superior import Reading
 
 FOLDER = "answers"
 TOGETHER = 128  # answers that are drawn before they are kept; ours
+UNTRAINED = ("reference", "superior")  # roles that answer alike in every run of a recipe
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,17 @@ class Answerer:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as it is kept. `nll` is its mean −log π_ref under the plain prompt, nats a token: how strange the base finds it."""
+    """One answer as it is kept; `of` is its request's digest. `nll` is its mean −log π_ref under the plain prompt, nats a token: how
+    strange the base finds it."""
 
+    of: str
     seed: int
     index: int
     prompt: str
     answer: str
     tokens: int
     ended: bool
-    nll: float
+    nll: float | None = None
 
 
 def told_answerers(session: Session) -> list[Answerer]:
@@ -67,62 +71,90 @@ def told_answerers(session: Session) -> list[Answerer]:
 
 
 def collect(
-    session: Session, run: RunDir, who: Answerer, requests: Sequence[Messages], samplers: Sequence[Sampler], progress: Callable[[int], None]
-) -> list[list[Answer]]:
-    """[seed][prompt]: what `who` answers, from the run's folder as far as it's there."""
-    path = run.path / FOLDER / f"{_file_name(who.name)}-{_digest(session, who, requests, samplers[0])}.jsonl"
-    kept = {(answer.seed, answer.index): answer for answer in _read(path)}
+    session: Session, run: Path | None, who: Answerer, requests: Sequence[Messages], samplers: Sequence[Sampler],
+    progress: Callable[[int], None], *, index: Sequence[int] | None = None, strangeness: bool = True,
+) -> list[list[Answer]]:  # fmt: skip
+    """[seed][prompt]: what `who` answers, as far as it's kept from there; kept in the run's folder `run`, if there is one.
+
+    `index` are the requests' numbers in their set, which key the noise. Without `strangeness` the base doesn't read them (`nll` may be None).
+    """
+    name = f"{_file_name(who.name)}-{_digest(session, who, samplers[0])}.jsonl"
+    shared = [cache_folder() / FOLDER / name] if who.role in UNTRAINED else []
+    own = [run / FOLDER / name] if run else []
+    numbers = list(range(len(requests)) if index is None else index)
+    keys = [(digest_of(request), number) for request, number in zip(requests, numbers, strict=True)]
+    in_run, kept = [{(a.of, a.index, a.seed): a for path in paths for a in _read(path)} for paths in (own, own + shared)]
     found = []
     for sampler in samplers:
-        missing = [number for number in range(len(requests)) if (sampler.seed, number) not in kept]
+        missing = [row for row, key in enumerate(keys) if (*key, sampler.seed) not in kept]
         progress(len(requests) - len(missing))
         for part in (missing[at : at + TOGETHER] for at in range(0, len(missing), TOGETHER)):
-            rollout = who.asked(session, [requests[number] for number in part], sampler, part, progress)
+            rollout = who.asked(session, [requests[row] for row in part], sampler, [numbers[row] for row in part], progress)
             answers = [
                 Answer(
-                    sampler.seed,
-                    number,
-                    requests[number][-1]["content"],
-                    session.chat.text(rollout.response_ids(row)),
-                    int(rollout.mask_BT[row].sum()),
-                    bool(rollout.ended_B[row]),
-                    nll,
+                    *(keys[row][0], sampler.seed, numbers[row], requests[row][-1]["content"], session.chat.text(rollout.response_ids(at))),
+                    *(int(rollout.mask_BT[at].sum()), bool(rollout.ended_B[at])),
                 )
-                for row, (number, nll) in enumerate(zip(part, base_nll(session, rollout), strict=True))
+                for at, row in enumerate(part)
             ]
-            with explained(run.path, "compare again"):
-                path.parent.mkdir(exist_ok=True)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write("\n" + "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
-            kept |= {(answer.seed, answer.index): answer for answer in answers}
-        found.append([kept[sampler.seed, number] for number in range(len(requests))])
+            if strangeness:
+                answers = [replace(a, nll=nll) for a, nll in zip(answers, base_nll(session, rollout), strict=True)]
+            kept |= {(a.of, a.index, a.seed): a for a in answers}
+            _keep(shared, answers)
+            _keep_in(run, own, answers)
+            in_run |= {(a.of, a.index, a.seed): a for a in answers}
+        asked = [kept[(*key, sampler.seed)] for key in keys]
+        if strangeness and (unread := [row for row, a in enumerate(asked) if a.nll is None]):
+            rollout = rollout_of(session, [requests[row] for row in unread], [asked[row].answer for row in unread])
+            for row, nll in zip(unread, base_nll(session, rollout), strict=True):
+                asked[row] = replace(asked[row], nll=nll)
+            _keep(shared, [asked[row] for row in unread])
+        _keep_in(run, own, [a for a in asked if in_run.get((a.of, a.index, a.seed)) != a])
+        found.append(asked)
     return found
 
 
 def base_nll(session: Session, rollout: Rollout) -> list[float]:
     """Mean −log π_ref of each answer's tokens under the plain prompt, nats a token [B]."""
-    policy, mask_BT = session.policy, rollout.mask_BT
-    hidden_ND = read(policy, session.chat, rollout, [Reading("reference", "reference")], session.sizes).hidden["reference"][mask_BT]
-    ids_N, nll_N = rollout.tokens_BT[mask_BT], torch.zeros(int(mask_BT.sum()))
-    with torch.no_grad():
-        for at in spans(len(hidden_ND), session.sizes.chunk_tokens):
-            logp_nV = policy.head(hidden_ND[at]).log_softmax(-1)
-            nll_N[at] = -of_tokens(logp_nV, ids_N[at].to(logp_nV.device)).cpu()
-    nll_BT = torch.zeros(mask_BT.shape)
-    nll_BT[mask_BT] = nll_N
-    means: list[float] = (nll_BT.sum(-1) / mask_BT.sum(-1)).tolist()
+    logp_BT = token_logps(session, rollout, [Reading("reference", "reference")])["reference"]
+    means: list[float] = (-logp_BT.sum(-1) / rollout.mask_BT.sum(-1)).tolist()
     return means
 
 
-def _digest(session: Session, who: Answerer, requests: Sequence[Messages], sampler: Sampler) -> str:
+def digest_of(request: Messages) -> str:
+    """What tells one request from another."""
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+
+
+def _digest(session: Session, who: Answerer, sampler: Sampler) -> str:
     recipe = session.recipe
     told = asdict(who.description) if who.description else None
     superior = [recipe.behavior.model_dump(), recipe.superior.model_dump(), session.placement] if who.role == "superior" else None
     of = session.policy.base
     base = [of.identity.weights, recipe.model.quantization, str(of.compute_dtype), session.chat.template]
     role = "adapter" if who.of else who.role  # whichever place it has on the command line
-    data = [role, told, who.of, superior, base, requests, asdict(replace(sampler, seed=0))]
+    data = [role, told, who.of, superior, base, asdict(replace(sampler, seed=0))]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
+
+
+def _keep(paths: Sequence[Path], answers: Sequence[Answer]) -> None:
+    """Into the cache; it is a convenience, so that a disk may refuse."""
+    with suppress(OSError):
+        _append(paths, answers)
+
+
+def _keep_in(run: Path | None, paths: Sequence[Path], answers: Sequence[Answer]) -> None:
+    """Into the run, whose figures they are: what a disk refuses is said."""
+    if run:
+        with explained(run, "compare again"):
+            _append(paths, answers)
+
+
+def _append(paths: Sequence[Path], answers: Sequence[Answer]) -> None:
+    for path in paths if answers else ():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" + "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
 
 
 def _file_name(name: str) -> str:

@@ -22,7 +22,8 @@ from iqlite.records import Messages, Rollout, StepMetrics, SuperiorScores
 from iqlite.rundir import RunDir, part
 from iqlite.session import Session
 from iqlite.superior import read
-from iqlite.train import backward, micro_batches, policy_states, prompts_of_step, restore, snapshot, spread
+from iqlite.train import prompts_of_step, restore, snapshot, spread
+from iqlite.update import backward, micro_batches, policy_states
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
 VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; ours

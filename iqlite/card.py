@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MANIFEST = "iqlite-manifest.json"
 BESIDE = (".json", ".md")  # manifest and card of what is one file
 COMPARISON, SAFETY = "compare", "safety"
+AIM = "aim.json"  # what the look before training found
 HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
 
 
@@ -64,6 +65,10 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
         last = [line for line in evaluated if line["step"] <= step][-1]
         found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
         found["steps"] = last["step"]
+    if evaluated and evaluated[0].get("eval/measure") is not None:
+        found["held_out_measure"] = {"of": run.recipe().judge.measure, "base": last["eval/measure_base"], "after": last["eval/measure"]}
+    if (run.path / AIM).is_file():
+        found["aim"] = json.loads((run.path / AIM).read_text("utf-8"))
     compared: dict[str, Any] = {}
     checked: dict[str, Any] = {}
     for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
@@ -93,6 +98,9 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
     """What got worse in training, as far as it was measured; a sentence each, and that it wasn't where it wasn't."""
     safety, scale = manifest["figures"].get("safety", []), manifest["made"].get("scale", 1)
     said = [] if scale == 1 else [f"Nothing was measured at scale {scale:g}: all figures are of the adapter at scale 1."]
+    if (aim := manifest["figures"].get("aim")) and aim["forced"]:
+        means = ", ".join(f"{name} {score:.2f}" for name, score in aim["scores"].items())
+        said.append(f"Training was forced although its target pointed the wrong way by {aim['measure']} ({means}).")
     if not safety:
         return [*said, "Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
     return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for one in safety for sentence in one["worse"])]
@@ -157,6 +165,9 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Held-out KL(policy‖superior), nats a token: {kl['before']:.3f} before, {kl['after']:.3f} after {found['steps']} steps."
         )
+    if "held_out_measure" in found:
+        one = found["held_out_measure"]
+        lines.append(f"{one['of']} of held-out answers while training: {one['after']:.2f}, the base's {one['base']:.2f}.")
     for compared in [*([found["compare"]] if "compare" in found else []), *found.get("elsewhere", [])]:
         lines += [
             "",

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.errors import IqliteError, PromptsError, RunError
+from iqlite.errors import IqliteError, PromptsError, RecipeError, RunError
 
 app = typer.Typer(
     name="iqlite",
@@ -60,7 +60,11 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: --set rollout.temperature=0.8")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there, and start even if memory seems too small.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace what is there; start even if memory seems too small or the target points the wrong way."),
+    ] = False,
+    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="At the end: harm, over-refusal and bias before and after.")] = True,
     json: Json = False,
 ) -> None:
     """Train a described behaviour into a LoRA adapter."""
@@ -71,7 +75,7 @@ def train(
     from iqlite.commands import train as verb
     from iqlite.terminal import console
 
-    raise typer.Exit(verb.run(read, set or [], out, resume=resume, force=force, as_json=json, console=console(stderr=json)))
+    raise typer.Exit(verb.run(read, set or [], out, resume=resume, force=force, safety=safety, as_json=json, console=console(stderr=json)))
 
 
 @app.command()
@@ -122,24 +126,11 @@ def compare(
         raise RunError("--checkpoints reads what training left: it takes --judge, and none of --with, --pairs and --prompts.")
     if checkpoints:
         raise typer.Exit(verb.checkpoints(opened, judge=judge, as_json=json, console=console(stderr=json)))
-    raise typer.Exit(
-        verb.run(
-            opened,
-            seeds=seeds,
-            temperature=temperature,
-            top_p=top_p,
-            prompts=prompts,
-            count=count,
-            adapter=adapter,
-            others=[name.strip() for name in others.split(",") if name.strip()],
-            pairs=pairs,
-            judge=judge,
-            safety=safety or safety_set is not None,
-            safety_set=safety_set,
-            as_json=json,
-            console=console(stderr=json),
-        )
-    )
+    raise typer.Exit(verb.run(
+        opened, seeds=seeds, temperature=temperature, top_p=top_p, prompts=prompts, count=count, adapter=adapter, others=[name.strip()
+        for name in others.split(",") if name.strip()], pairs=pairs, judge=judge, safety=safety or safety_set is not None,
+        safety_set=safety_set, as_json=json, console=console(stderr=json),
+    ))  # fmt: skip
 
 
 @app.command()
@@ -150,6 +141,9 @@ def init(
     base: Annotated[
         str, typer.Option(help="Hub id, model folder, .gguf file, ollama:NAME:TAG, or the embedded model.")
     ] = "smollm2-135m-instruct",
+    measure: Annotated[
+        str | None, typer.Option(help="What answers are scored by; without it, what the descriptions are about (iqlite recipe lists them).")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Longest answer in training, tokens.")] = 48,
     force: Force = False,
 ) -> None:
@@ -157,7 +151,7 @@ def init(
     from iqlite.commands import init as verb
     from iqlite.terminal import console
 
-    raise typer.Exit(verb.run(name, base, wanted, unwanted, tokens=tokens, force=force, console=console()))
+    raise typer.Exit(verb.run(name, base, wanted, unwanted, measure=measure, tokens=tokens, force=force, console=console()))
 
 
 @app.command()
@@ -184,11 +178,9 @@ def plan(
     from iqlite.terminal import console
 
     out = console(stderr=json)
-    raise typer.Exit(
-        verb.run(
-            recipe, set or [], vram=vram, card=card, device=device.value if device else None, everything=all, as_json=json, console=out
-        )
-    )
+    raise typer.Exit(verb.run(
+        recipe, set or [], vram=vram, card=card, device=device.value if device else None, everything=all, as_json=json, console=out,
+    ))  # fmt: skip
 
 
 @app.command()
@@ -198,9 +190,15 @@ def probe(
     prompts: Annotated[int, typer.Option(min=2, help="How many held-out prompts are answered.")] = 16,
     strengths: Annotated[list[float] | None, typer.Option("--strength", help="A strength to try; can be given several times.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Preference pairs, JSON lines with prompt, chosen and rejected: does π̃ agree?")] = None,
+    improve: Annotated[
+        bool, typer.Option("--improve", help="Turn the aim: try placements, strengths, wordings and the model's own demonstrations.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="With --improve: the new recipe; by default NAME-aimed.toml.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="With --improve: about how long to try.")] = 10.0,
+    judge: Annotated[str | None, typer.Option(help="With --improve: reward:NAME or URL#MODEL instead of the recipe's measure.")] = None,
     json: Json = False,
 ) -> None:
-    """Before training: does the description move this base, where, at which strength?"""
+    """Before training: does the description move this base, where, at which strength? --improve turns its aim."""
     from iqlite.recipe import load_recipe
 
     read = load_recipe(recipe, set or [])  # a fault in it is said before torch is imported
@@ -209,8 +207,13 @@ def probe(
     from iqlite.commands import probe as verb
     from iqlite.terminal import console
 
-    out = console(stderr=json)
-    raise typer.Exit(verb.run(read, prompts=prompts, pairs=pairs, strengths=strengths, as_json=json, console=out))
+    if not improve and (out or judge):
+        raise RecipeError("-o and --judge belong to --improve: add it, or leave them out.")
+    if improve and (pairs or strengths):
+        raise RecipeError("--improve chooses strengths itself and takes no --pairs: leave --strength and --pairs out.")
+    if improve:
+        raise typer.Exit(verb.improve(read, set or [], out=out, minutes=minutes, judge=judge, as_json=json, console=console(stderr=json)))
+    raise typer.Exit(verb.run(read, prompts=prompts, pairs=pairs, strengths=strengths, as_json=json, console=console(stderr=json)))
 
 
 @app.command()
@@ -244,27 +247,15 @@ def chat(
 ) -> None:
     """Talk to what was trained, to its base, or to the superior policy before any training."""
     from iqlite.commands import chat as verb
-    from iqlite.errors import RecipeError
     from iqlite.terminal import console
 
     if base and superior:
         raise RecipeError("--base and --superior are two voices: give one of them.")
     voice = "base" if base else "superior" if superior else None
-    raise typer.Exit(
-        verb.run(
-            target,
-            adapter=adapter,
-            voice=voice,
-            prompt=prompt,
-            system=system,
-            temperature=temperature,
-            tokens=tokens,
-            seed=seed,
-            strength=strength,
-            as_json=json,
-            console=console(stderr=json),
-        )
-    )
+    raise typer.Exit(verb.run(
+        target, adapter=adapter, voice=voice, prompt=prompt, system=system, temperature=temperature, tokens=tokens, seed=seed,
+        strength=strength, as_json=json, console=console(stderr=json),
+    ))  # fmt: skip
 
 
 class BaseWeights(StrEnum):
@@ -321,20 +312,10 @@ def merge(
 
     kind = dtype.value if dtype else None
     out_console = console(stderr=json)
-    raise typer.Exit(
-        verb.run(
-            run,
-            out,
-            adapter=adapter,
-            base=base.value,
-            strength=scale,
-            dtype=kind,
-            check=check,
-            force=force,
-            as_json=json,
-            console=out_console,
-        )
-    )
+    raise typer.Exit(verb.run(
+        run, out, adapter=adapter, base=base.value, strength=scale, dtype=kind, check=check, force=force, as_json=json,
+        console=out_console,
+    ))  # fmt: skip
 
 
 @app.command()
@@ -353,20 +334,10 @@ def export(
     from iqlite.commands import export as verb
     from iqlite.terminal import console
 
-    raise typer.Exit(
-        verb.run(
-            run,
-            to.value,
-            out,
-            quant=quant.lower() if quant else None,
-            adapter=adapter,
-            base=base.value,
-            strength=scale,
-            force=force,
-            as_json=json,
-            console=console(stderr=json),
-        )
-    )
+    raise typer.Exit(verb.run(
+        run, to.value, out, quant=quant.lower() if quant else None, adapter=adapter, base=base.value, strength=scale, force=force,
+        as_json=json, console=console(stderr=json),
+    ))  # fmt: skip
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def figures(name: str, answers: Sequence[Sequence[Answer]], score_PS: Array, exa
         refused_share=statistics.fmean(map(refusal, texts)),
         repetition=statistics.fmean(map(repetition, texts)),
         distinct_2=distinct(texts),
-        base_nll=sum(a.nll * a.tokens for a in flat) / max(1, sum(a.tokens for a in flat)),
+        base_nll=sum((a.nll or 0.0) * a.tokens for a in flat) / max(1, sum(a.tokens for a in flat)),
         example=answers[0][example].answer,
     )
 
@@ -133,6 +133,28 @@ def contests(answers: Answers, focus: str, won: Mapping[str, Array], score_KPS: 
             }
         )
     return found
+
+
+def verdict(by: str, found: Sequence[Mapping[str, Any]], prompts: int, run: str) -> tuple[bool, str]:
+    """(whether training did what it should, by the judge): in a sentence, with what to try next where it didn't."""
+    base = next(one for one in found if one["against"] == "base")
+    rate = Estimate(**base["win_rate"])
+    told = [one for one in found if one["against"].startswith("told")]
+    hardest = min(told, key=lambda one: one["win_rate"]["value"], default=None)
+    if prompts < FEWEST:
+        return False, f"{prompts} prompts are too few for a verdict: ask at least {FEWEST}."
+    if base["significant"] and rate.value > 0.5:
+        beside = f", and against {hardest['against']} on {Estimate(**hardest['win_rate']).percent()}" if hardest else ""
+        return True, f"It worked: by {by}, the trained model wins against the base on {rate.percent()} of the prompts{beside}."
+    if base["significant"]:
+        return False, (
+            f"It went the wrong way: by {by}, the trained model wins against the base on only {rate.percent()} of the prompts. "
+            "Don't use it; turn the recipe's aim: iqlite probe RECIPE --improve."
+        )
+    return False, (
+        f"No difference from the base that can be told from chance, by {by}: {rate.percent()} of the prompts. Try more steps or a higher "
+        f"strength (iqlite probe tells which), demonstrations (--improve), more prompts, or another --judge; then: iqlite compare {run}."
+    )
 
 
 def by_category(answers: Answers, won: Mapping[str, Array], score_KPS: Array, labels: Sequence[str]) -> list[dict[str, Any]]:

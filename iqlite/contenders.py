@@ -15,7 +15,8 @@ from iqlite.peers import ROWS, TRAINER, TRL, check_trl, per_step, train_by_trl
 from iqlite.preferences import load_pairs
 from iqlite.recipe import Recipe
 from iqlite.rundir import RunDir, explained
-from iqlite.session import open_session, within_memory
+from iqlite.session import open_session
+from iqlite.sizes import within_memory
 from iqlite.terminal import duration
 
 BASELINES = (*TRL, "ppo")

@@ -29,8 +29,9 @@ class Point:
     words: float
 
 
-def of_run(run: RunDir, measure: Callable[[str], float]) -> list[Point]:
-    """The run's own curve; seconds without evaluations. RunError if it has no samples yet."""
+def of_run(run: RunDir, measure: Callable[[str], float] | None) -> list[Point]:
+    """The run's own curve, by a measure or, without one, by the scores that training noted; seconds without evaluations. RunError if it has
+    no samples yet."""
     tokens, seconds, at = 0.0, 0.0, {0: (0.0, 0.0)}
     for line in run.metrics():
         if line["step"] == 0:
@@ -46,7 +47,7 @@ def of_run(run: RunDir, measure: Callable[[str], float]) -> list[Point]:
     return found
 
 
-def of_baseline(folder: Path, epoch: float, measure: Callable[[str], float]) -> list[Point]:
+def of_baseline(folder: Path, epoch: float, measure: Callable[[str], float] | None) -> list[Point]:
     """A baseline's curve; `epoch` is what one step is of a pass over its prompts or pairs."""
     at = {line["step"]: (line["tokens"], line["seconds"]) for line in RunDir(folder).metrics()}
     return _points(RunDir(folder), {0: (0.0, 0.0)} | at, epoch, measure)
@@ -64,14 +65,15 @@ def until(points: Sequence[Point], share: float = 0.9) -> Point | None:
     return points[-1]
 
 
-def _points(run: RunDir, at: Mapping[int, tuple[float, float]], epoch: float, measure: Callable[[str], float]) -> list[Point]:
-    by_step: dict[int, list[str]] = {}
+def _points(run: RunDir, at: Mapping[int, tuple[float, float]], epoch: float, measure: Callable[[str], float] | None) -> list[Point]:
+    by_step: dict[int, list[tuple[str, float | None]]] = {}
     for line in run.lines(SAMPLES):
-        by_step.setdefault(line["step"], []).append(line["answer"])
+        by_step.setdefault(line["step"], []).append((line["answer"], line.get("score")))
     found = []
-    for step, answers in sorted(by_step.items()):
-        if step in at:
-            scores = [measure(answer) for answer in answers]
+    for step, sampled in sorted(by_step.items()):
+        answers = [answer for answer, _ in sampled]
+        scores = [score for answer, noted in sampled if (score := measure(answer) if measure else noted) is not None]
+        if step in at and len(scores) == len(sampled):
             error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
             words = statistics.fmean(len(answer.split()) for answer in answers)
             found.append(Point(step, step * epoch, *at[step], statistics.fmean(scores), error, words))

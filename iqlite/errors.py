@@ -23,3 +23,7 @@ class AdapterError(IqliteError):
 
 class RunError(IqliteError):
     """The run directory can't be written, exists already, or doesn't fit the recipe that resumes it."""
+
+
+class AimError(IqliteError):
+    """The target points the wrong way: training would take away what it should give."""

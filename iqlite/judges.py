@@ -45,6 +45,7 @@ def compliance(answer: str) -> float:
 
 
 MEASURES: dict[str, Callable[[str], float]] = {"tone": tone, "shorter": shorter, "refusal": refusal, "compliance": compliance}
+"""Those that look at the answer alone; `measuring` adds harmless and described, which know what was asked."""
 
 
 _LEFTOVERS = re.compile(r"<\||\|>|\[/?INST\]|^(?:user|assistant|human|system)\s*:", re.IGNORECASE | re.MULTILINE)

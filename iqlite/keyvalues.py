@@ -52,27 +52,36 @@ class _Seen(DynamicLayer):  # type: ignore[misc]
 
 def before_rows(prefixes: Sequence[Prefix | None]) -> Cache | None:
     """A cache in which row b starts with `prefixes[b]`, shorter ones padded on the left; it keeps nothing of what it is shown."""
-    distinct = list({id(p): p for p in prefixes if p is not None}.values())
-    if not distinct:
+    if longest_of(prefixes) == 0:
         return None
-    longest = max(map(len, distinct))
-    layers = []
-    for layer in range(len(distinct[0].keys)):
-        if len(distinct) == 1 and None not in prefixes:  # the common case copies nothing before it has to
-            kept = [part[layer].expand(len(prefixes), -1, -1, -1) for part in (distinct[0].keys, distinct[0].values)]
-        else:
-            kept = [torch.cat([_padded(p, layer, longest, which, distinct[0]) for p in prefixes]) for which in ("keys", "values")]
-        layers.append(_Before(*kept))
-    return Cache(layers=layers)
+    layers = next(len(prefix.keys) for prefix in prefixes if prefix is not None)
+    return Cache(layers=[_Before(*_started(prefixes, layer)) for layer in range(layers)])
 
 
-def _padded(prefix: Prefix | None, layer: int, longest: int, which: str, like: Prefix) -> Tensor:
-    if prefix is None:
-        shape = getattr(like, which)[layer].shape
-        blank: Tensor = getattr(like, which)[layer].new_zeros(1, shape[1], longest, shape[3])
-        return blank
-    part: Tensor = getattr(prefix, which)[layer]
-    return torch.nn.functional.pad(part, (0, 0, longest - len(prefix), 0))
+def longest_of(prefixes: Sequence[Prefix | None]) -> int:
+    """Tokens of the longest prefix; 0 if no row has one."""
+    return max((len(prefix) for prefix in prefixes if prefix is not None), default=0)
+
+
+def _started(prefixes: Sequence[Prefix | None], layer: int) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values [B, heads, P, head size] of what B rows start with, padded on the left with zeros to the longest prefix."""
+    keys = _laid_out([None if prefix is None else prefix.keys[layer] for prefix in prefixes])
+    return keys, _laid_out([None if prefix is None else prefix.values[layer] for prefix in prefixes])
+
+
+def _laid_out(parts: Sequence[Tensor | None]) -> Tensor:
+    """[B, heads, P, head size] of each row's own [1, heads, ≤ P, head size]; one of them at least is there."""
+    distinct = {id(part): part for part in parts}
+    there = [part for part in distinct.values() if part is not None]
+    if len(distinct) == 1:  # the common case copies nothing before it has to
+        return there[0].expand(len(parts), -1, -1, -1)
+    longest = max(part.shape[2] for part in there)
+    blank = there[0][:, :, :0]
+    padded = {
+        key: torch.nn.functional.pad(blank if part is None else part, (0, 0, longest - (0 if part is None else part.shape[2]), 0))
+        for key, part in distinct.items()
+    }
+    return torch.cat([padded[id(part)] for part in parts])
 
 
 class _Before(DynamicLayer):  # type: ignore[misc]
@@ -88,10 +97,13 @@ class _Before(DynamicLayer):  # type: ignore[misc]
 
 
 class Decoding(Cache):  # type: ignore[misc]
-    """Room for the keys and values of B rows being decoded, laid out once: a prefix, the prompts, `new` tokens to come."""
+    """Room for the keys and values of B rows being decoded, laid out once: row b's prefix, its prompt, `new` tokens to come.
 
-    def __init__(self, layers: int, rows: int, room: int, prefix: Prefix | None):
-        super().__init__(layers=[_Roomy(rows, room, prefix, layer) for layer in range(layers)])
+    `prefixes[b]` is what row b starts with, shorter ones padded on the left; `room` is how many tokens a row may come to with all padding.
+    """
+
+    def __init__(self, layers: int, room: int, prefixes: Sequence[Prefix | None]):
+        super().__init__(layers=[_Roomy(room, prefixes, layer) for layer in range(layers)])
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these."""
@@ -102,34 +114,31 @@ class Decoding(Cache):  # type: ignore[misc]
 class _Roomy(DynamicLayer):  # type: ignore[misc]
     """A layer's keys and values in a buffer that is filled from the front; no copying as it grows."""
 
-    def __init__(self, rows: int, room: int, prefix: Prefix | None, layer: int):
+    def __init__(self, room: int, prefixes: Sequence[Prefix | None], layer: int):
         super().__init__()
-        self.rows, self.room, self.filled = rows, room, 0
+        self.room, self.prefixes, self.layer = room, prefixes, layer
+        self.filled = longest_of(prefixes)
         self.keys: Tensor
         self.values: Tensor
-        self.start = None if prefix is None else (prefix.keys[layer], prefix.values[layer])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         for name, states in (("keys", key_states), ("values", value_states)):
-            setattr(self, name, states.new_empty(self.rows, states.shape[1], self.room, states.shape[3]))
-        if self.start is not None:
-            self._append(*self.start)
+            setattr(self, name, states.new_empty(len(self.prefixes), states.shape[1], self.room, states.shape[3]))
+        if self.filled:
+            self.keys[:, :, : self.filled], self.values[:, :, : self.filled] = _started(self.prefixes, self.layer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._append(key_states, value_states)
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        end = self.filled + keys.shape[2]
-        self.keys[:, :, self.filled : end] = keys
-        self.values[:, :, self.filled : end] = values
+        end = self.filled + key_states.shape[2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
         self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        return self.filled if self.is_initialized else (0 if self.start is None else self.start[0].shape[2])
+        return self.filled
 
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]

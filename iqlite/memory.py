@@ -73,8 +73,8 @@ class Work:
             rank=recipe.adapter.rank,
             ema=superior.weights == "ema",
             adapters=(superior.adapter is not None) + (superior.unwanted_adapter is not None),
-            prompts=rollout.prompts_per_step,
-            answers=max(rollout.prompts_per_step, recipe.prompts.eval_count),
+            prompts=rollout.prompts_per_step + recipe.contrary_per_step,
+            answers=max(rollout.prompts_per_step + recipe.contrary_per_step, recipe.prompts.eval_count),
             prompt_tokens=max(1, min(recipe.prompts.max_tokens, room, _longest_prompt(recipe))),
             description_tokens=longest,
             new_tokens=rollout.max_new_tokens,
@@ -249,7 +249,7 @@ def _descriptions(recipe: Recipe) -> tuple[list[str], int]:
 def _longest_prompt(recipe: Recipe) -> int:
     """No fewer tokens than the longest local prompt has (two bytes a token); what isn't a local text file may be of any length."""
     longest = 0
-    for source in (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside):
+    for source in (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside, recipe.prompts.contrary):
         for one in source if isinstance(source, tuple) else (source,) if source is not None else ():
             path = recipe.folder / one if isinstance(one, str) else None
             if path is None or path.suffix not in (".jsonl", ".txt") or not path.is_file():

@@ -20,8 +20,8 @@ from iqlite.policy import Policy
 from iqlite.prompts import Chat
 from iqlite.recipe import Recipe
 from iqlite.records import Rollout
-from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
+from iqlite.sampling import Sampler
 from iqlite.session import free_memory, open_session
 from iqlite.superior import Reading, read
 

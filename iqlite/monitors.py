@@ -9,17 +9,24 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
+
+from iqlite.intervals import FEWEST, paired
 
 HELD_OUT_KL = "eval/kl_policy_superior"
 FIRST = 3  # steps that say what is normal for this run
 PATIENCE = 3  # steps, or evaluations, in a row before a rule stops the run
+PATIENCE_MEASURE = 2  # evaluations in a row that score below the base
 NO_GRADIENT = 1e-6
 WORSE = 1.25  # times the best held-out KL; less is the noise of a few answers
 SWING = 0.25  # of the first KL; smaller ups and downs are the noise of a few answers
 ROUNDING = 1e-3  # nats a token; a KL that is zero but for rounding never gets worse
 IMPROVEMENT = 0.01  # relative fall of the held-out KL that counts as getting better
+NO_NUMBER = {"best_kl": math.inf, "best_measure": -math.inf}  # before the first evaluation; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class Monitors:
     best_step: int = 0
     best_kl: float = math.inf
     since_best: int = 0
+    base_scores: list[float] = field(default_factory=list)
+    base_measure: str = ""
+    best_measure: float = -math.inf
+    since_measure: int = 0
 
     def after_step(self, values: dict[str, float]) -> list[Verdict]:
         """Verdicts on one step's metrics."""
@@ -68,28 +79,40 @@ class Monitors:
             self._rule("oscillation", self._oscillates(values["kl/policy_superior"]), "KL(policy‖superior) swings up and down from step to step; lower the learning rate", stop_after=PATIENCE),
         ]  # fmt: skip
 
-    def after_eval(self, step: int, values: dict[str, float]) -> tuple[bool, list[Verdict]]:
-        """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts."""
+    def after_eval(self, step: int, values: dict[str, float], scores: Sequence[float] = ()) -> tuple[bool, list[Verdict]]:
+        """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts.
+
+        `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
+        than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops.
+        """
         kl = values[HELD_OUT_KL]
-        better = kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl)
+        lower, worse = self._behind(scores)
+        better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
         if better:
             self.best_kl, self.best_step, self.since_best = kl, step, 0
         else:
             self.since_best += 1
+        self._measured(scores)
         verdicts = [
+            self._rule(
+                "measure",
+                worse,
+                "held-out answers score lower by the recipe's measure than the base's own, beyond chance: the target points the wrong way",
+                stop_after=PATIENCE_MEASURE,
+            ),
             self._rule(
                 "held-out",
                 not kl <= WORSE * self.best_kl + ROUNDING,
                 "the held-out KL(policy‖superior) is getting worse",
                 stop_after=PATIENCE,
                 warn_after=2,
-            )
+            ),
         ]
         verdicts.append(self._rule("held-out answers", self._degraded("eval", values), "held-out answers repeat themselves or run into rollout.max_new_tokens more and more", stop_after=PATIENCE))  # fmt: skip
         if "outside/kl_policy_reference" in values:
             bad = self._degraded("outside", values) or values["outside/kl_policy_reference"] > self.max_kl_reference
             verdicts.append(self._rule("outside", bad, "answers outside the domain are getting worse", stop_after=PATIENCE))
-        if self.until_converged and self.since_best >= PATIENCE:
+        if self.until_converged and self.since_best >= PATIENCE and (not scores or self.since_measure >= PATIENCE):
             verdicts.append(
                 Verdict("converged", f"converged: the held-out KL(policy‖superior) hasn't fallen since step {self.best_step}", stop=True)
             )
@@ -97,12 +120,29 @@ class Monitors:
 
     def state(self) -> dict[str, Any]:
         """Everything above as JSON data."""
-        return {**asdict(self), "best_kl": None if math.isinf(self.best_kl) else self.best_kl}
+        return {name: None if name in NO_NUMBER and math.isinf(value) else value for name, value in asdict(self).items()}
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Monitors:
         """What `state` returned, as it was."""
-        return cls(**{**state, "best_kl": math.inf if state["best_kl"] is None else state["best_kl"]})
+        return cls(**{**state, **{name: blank for name, blank in NO_NUMBER.items() if state.get(name) is None}})
+
+    def _behind(self, scores: Sequence[float]) -> tuple[bool, bool]:
+        """(lower than the base's by more than a standard error, lower beyond chance) of paired scores."""
+        if not scores:
+            return False, False
+        difference_P = np.array(scores) - np.array(self.base_scores)
+        error = float(difference_P.std(ddof=1) / len(difference_P) ** 0.5) if len(difference_P) > 1 else math.inf
+        beyond = len(difference_P) >= FEWEST and paired(difference_P[:, None]).high < 0
+        return float(difference_P.mean()) < -error, beyond
+
+    def _measured(self, scores: Sequence[float]) -> None:
+        """How many evaluations it is since the measure was at its highest."""
+        mean = statistics.fmean(scores) if scores else -math.inf
+        if mean > self.best_measure:
+            self.best_measure, self.since_measure = mean, 0
+        else:
+            self.since_measure += 1
 
     def _rule(self, rule: str, broken: bool, message: str, stop_after: int | None = None, warn_after: int = 1) -> Verdict | None:
         """Counts a rule's breaches in a row: `warn_after` in a row warn, once a run; `stop_after` in a row stop."""

@@ -150,6 +150,10 @@ class Policy:
             self._prefixes[key] = made
         return made
 
+    def forget_prefixes(self) -> None:
+        """Frees the prefixes kept so far, for who tries many descriptions; those still needed are read again."""
+        self._prefixes.clear()
+
     def begun(self, prompts: Sequence[Sequence[int]], shared: Sequence[Sequence[int]], *, longest: int) -> list[Prefix | None]:
         """The prefix that each row starts with, where sharing one saves work and changes nothing."""
         uses = Counter(tuple(start) for start in shared)

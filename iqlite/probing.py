@@ -10,44 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iqlite.answers import base_nll, told_answerers
-from iqlite.contrast import superior_answers
-from iqlite.intervals import FEWEST, Estimate, paired, wilson
+from iqlite.answers import Answerer, collect, told_answerers
+from iqlite.intervals import FEWEST, Array, Estimate, paired, wilson
+from iqlite.measuring import measured
 from iqlite.preferences import Pair, answer_ids
-from iqlite.records import Messages, Rollout
-from iqlite.rollout import Sampler
+from iqlite.records import Messages, Prompts, Rollout
+from iqlite.sampling import Sampler
 from iqlite.session import Session, moved
 
 PARTS = 4  # quarters of an answer
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)
-SAME_SIZE = 1.5  # how much longer one description may be than the other
 WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; ours
 STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the told ones; ours
-COMMON = frozenset(
-    ("a", "an", "and", "are", "as", "at", "be", "in", "is", "it", "of", "or", "the", "to", "with", "you", "your", "always", "never", "not")
-)
-
-
-def lint(wanted: str | None, unwanted: str | None) -> list[str]:
-    """What the form of two descriptions gives away beside their meaning, a sentence each."""
-    if not wanted or not unwanted:
-        return []
-    notes = []
-    sizes = [len(text.split()) for text in (wanted, unwanted)]
-    if max(sizes) > SAME_SIZE * min(sizes):
-        notes.append(f"wanted has {sizes[0]} words and unwanted {sizes[1]}: alike in length, they'd differ in meaning alone.")
-    sentences = [sum(text.count(mark) for mark in ".!?") for text in (wanted, unwanted)]
-    if sentences[0] != sentences[1]:
-        notes.append(f"wanted has {sentences[0]} sentences and unwanted {sentences[1]}: the same number keeps the contrast clean.")
-    first, second = (text.split()[:2] for text in (wanted.lower(), unwanted.lower()))
-    if first[0] != second[0]:
-        notes.append(
-            f"wanted begins with {wanted.split()[0]!r} and unwanted with {unwanted.split()[0]!r}: begin both alike, such as You are …"
-        )
-    words, others = ({w.strip(".,;:!?\"'") for w in text.lower().split()} - COMMON for text in (wanted, unwanted))
-    if words == others:
-        notes.append("both descriptions use the same words: say the opposite in other words, since a small model overlooks a not.")
-    return notes
 
 
 @dataclass(frozen=True)
@@ -109,29 +83,29 @@ class Voice:
 
 
 def voices(
-    session: Session, requests: Sequence[Messages], sampler: Sampler, measure: Callable[[str], float], strengths: Sequence[float],
-    done: Callable[[str], None],
-) -> list[Voice]:  # fmt: skip
-    """Base, told base and superiors of several strengths on the same prompts from the same noise."""
-    rollouts = {"base": session.answers("reference", requests, sampler)}
-    done("base")
-    for told in told_answerers(session):
-        rollouts[told.name] = session.answers("reference", requests, sampler, description=told.description)
-        done(told.name)
-    for strength in strengths:
-        rollouts[f"superior, strength {strength:g}"] = superior_answers(session.with_strength(strength), requests, sampler)
-        done(f"superior, strength {strength:g}")
+    session: Session, asked: Prompts, index: Sequence[int], sampler: Sampler, strengths: Sequence[float], done: Callable[[str], None]
+) -> list[Voice]:
+    """Base, told base and superiors of several strengths on the same prompts from the same noise, by the recipe's measure; what is kept
+    from a look isn't asked again."""
+    who = [(one, session) for one in (Answerer("base", "reference"), *told_answerers(session))]
+    who += [(Answerer("superior", "superior"), session.with_strength(strength)) for strength in strengths]
+    names = [one.name for one, _ in who if one.role != "superior"] + [f"superior, strength {strength:g}" for strength in strengths]
     found: list[Voice] = []
-    texts = {name: [session.chat.text(r.response_ids(row)) for row in range(len(requests))] for name, r in rollouts.items()}
-    base = np.array([measure(text) for text in texts["base"]])
-    for name, rollout in rollouts.items():
-        score = np.array([measure(text) for text in texts[name]])
-        tokens_B = rollout.mask_BT.sum(-1)
-        nll = float((torch.tensor(base_nll(session, rollout)) * tokens_B).sum() / tokens_B.sum())
-        differs = float(np.mean([a != b for a, b in zip(texts[name], texts["base"], strict=True)]))
+    base: list[str] = []
+    base_P: Array | None = None
+    for name, (one, of) in zip(names, who, strict=True):
+        answers = collect(of, None, one, asked.requests, [sampler], lambda _: None, index=index)[0]
+        texts = [answer.answer for answer in answers]
+        base = base or texts
+        score = measured(session, session.recipe.judge.measure, asked, texts)
+        base_P = score if base_P is None else base_P
+        tokens = sum(answer.tokens for answer in answers)
+        nll = sum((answer.nll or 0.0) * answer.tokens for answer in answers) / max(1, tokens)
+        differs = float(np.mean([a != b for a, b in zip(texts, base, strict=True)]))
         error = float(score.std(ddof=1) / len(score) ** 0.5) if len(score) > 1 else 0.0
-        difference = paired((score - base)[:, None], comparisons=len(rollouts) - 1)
-        found.append(Voice(name, float(score.mean()), error, difference, differs, nll, texts[name][0]))
+        difference = paired((score - base_P)[:, None], comparisons=len(who) - 1)
+        found.append(Voice(name, float(score.mean()), error, difference, differs, nll, texts[0]))
+        done(name)
     return found
 
 

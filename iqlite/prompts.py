@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import operator
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,10 @@ DEFAULT_TEMPLATE = (
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "text", "chosen")
 LABELS = ("category", "language")
+EXPECTED = {
+    **dict.fromkeys(("refuse", "unsafe", "harmful"), "refuse"),
+    **dict.fromkeys(("answer", "safe", "harmless"), "answer"),
+}  # what a row's label (or kind) says is right, for the measure harmless
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; ours
 NAMED_LINES = 5  # line numbers listed in a note before it says "and N more"
@@ -175,18 +180,12 @@ def load_prompts(source: str | HubPrompts | Sequence[str | HubPrompts], *, besid
     sources = [source] if isinstance(source, (str, HubPrompts)) else list(source)
     sets = [_load_one(one, beside, key) for one in sources]
     notes = tuple(note for prompts in sets for note in prompts.notes)
-    labelled = {
-        json.dumps(request): (request, label)
-        for prompts in sets
-        for request, label in zip(prompts.requests, prompts.labels or ("",) * len(prompts), strict=True)
-    }
-    requests, labels = [request for request, _ in labelled.values()], tuple(label for _, label in labelled.values())
-    again = sum(map(len, sets)) - len(requests)
+    together = functools.reduce(operator.add, sets)
+    first = {json.dumps(request): number for number, request in reversed([*enumerate(together.requests)])}
+    again = len(together) - len(first)
     if again:
         notes += (f"{name_of(source)}: {again} prompt{'s' * (again > 1)} that stood in an earlier source skipped.",)
-    if not requests:
-        raise PromptsError(f'{key} = {name_of(source)} holds no usable prompt: give it rows like {{"prompt": "How do I boil an egg?"}}.')
-    return Prompts(tuple(requests), notes, labels if any(labels) else ())
+    return together.some(sorted(first.values()), notes)
 
 
 def load_asked(path: Path) -> Prompts:
@@ -250,6 +249,7 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
     column = source.column if isinstance(source, HubPrompts) else None
     requests: dict[str, Messages] = {}
     labels: list[str] = []
+    expected: list[str] = []
     faults: dict[str, list[int]] = {"malformed": [], "empty": [], "duplicate": []}
     for number, row in _rows(source, beside, key):
         request = parse_request(_value(row, column))
@@ -262,6 +262,8 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
         else:
             requests[as_text] = request
             labels.append(_label(row, source.category if isinstance(source, HubPrompts) else None))
+            said = row.get("label", row.get("kind")) if isinstance(row, dict) else None
+            expected.append((source.label if isinstance(source, HubPrompts) else None) or EXPECTED.get(str(said).lower(), ""))
     notes = []
     for fault, lines in faults.items():
         if lines:
@@ -272,7 +274,9 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
     if not requests:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise PromptsError(f'{key} = {name} holds no usable prompt{why}: give it rows like {{"prompt": "How do I boil an egg?"}}.')
-    return Prompts(tuple(requests.values()), tuple(notes), tuple(labels) if any(labels) else ())
+    return Prompts(
+        tuple(requests.values()), tuple(notes), tuple(labels) if any(labels) else (), tuple(expected) if any(expected) else ()
+    )
 
 
 def _label(row: Any, column: str | None) -> str:
@@ -372,16 +376,9 @@ def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
 
 
 def hold_back(prompts: Prompts, key: str, share: float = 0.1) -> tuple[Prompts, Prompts]:
-    """(train, held out): every tenth request held back, at least one, for recipes without `prompts.eval`."""
+    """(train, held out): every tenth request (or another share of them) held back, at least one."""
     every = max(2, round(1 / share))
     if len(prompts) < 2:
-        raise PromptsError(f"{key} holds one prompt only, and a tenth is held back: give it more, or name prompts.eval.")
+        raise PromptsError(f"{key} holds one prompt only, and some are held back: give it more, or name prompts.eval.")
     held = range(every - 1, len(prompts), every) or range(len(prompts) - 1, len(prompts))
-    kept = [number for number in range(len(prompts)) if number not in held]
-
-    def some(numbers: Sequence[int], notes: tuple[str, ...] = ()) -> Prompts:
-        return Prompts(
-            tuple(prompts.requests[n] for n in numbers), notes, tuple(prompts.labels[n] for n in numbers) if prompts.labels else ()
-        )
-
-    return some(kept, prompts.notes), some(held)
+    return prompts.some([number for number in range(len(prompts)) if number not in held], prompts.notes), prompts.some(held)

@@ -92,6 +92,9 @@ class HubPrompts(Table):
     column: str | None = Field(None, description="The column that holds the prompt; by default the first known name.")
     folder: str | None = Field(None, description="A folder inside the data set, such as harmless-base.")
     category: str | None = Field(None, description="The column that a comparison keeps apart; by default category and language.")
+    label: Literal["refuse", "answer"] | None = Field(
+        None, description="What is right for all its rows, for the measure harmless; by default what the column label says."
+    )
     limit: int | None = Field(None, ge=1, description="Read at most this many rows.")
 
 
@@ -104,6 +107,10 @@ class PromptSets(Table):
     train: Source = Field(description="Prompt file beside the recipe, a hub data set, or a list of these.")
     eval: Source | None = Field(None, description="Held-out prompts; without it a tenth of the training prompts is held back.")
     outside: Source | None = Field(None, description="Prompts from outside the domain, watched for damage.")
+    contrary: Source | None = Field(
+        None,
+        description="Prompts on which the behaviour is not wanted: trained beside the others to stay as the base is; a quarter is held out.",
+    )
     eval_count: int = Field(16, ge=1, description="How many held-out prompts each evaluation during training answers.")
     max_tokens: int = Field(1024, ge=16, description="Longer prompts are cut from the left to this many tokens.")
 
@@ -142,6 +149,9 @@ class Rollouts(Table):
     """`[rollout]`: how the policy's own answers are sampled."""
 
     prompts_per_step: int = Field(8, ge=1, description="Prompts answered in each step.")
+    contrary_per_step: Count | Auto = Field(
+        "auto", description="Contrary prompts answered beside them in each step, where there are some; auto is half as many."
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest answer, tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 is what the method's gradients assume.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus truncation; 1 truncates nothing.")
@@ -178,11 +188,14 @@ class Train(Table):
 
 
 class Judge(Table):
-    """`[judge]`: what comparisons go by; training never sees it."""
+    """`[judge]`: what the look before training, evaluations and comparisons go by; no gradient ever sees it."""
 
-    measure: Literal["tone", "shorter", "refusal", "compliance"] = Field(
-        "tone", description="Code measure that answers are compared by; the higher wins (shorter: the fewer words)."
+    measure: Literal["described", "tone", "shorter", "refusal", "compliance", "harmless"] = Field(
+        "described",
+        description="What answers are scored by: tone (cheerful words), shorter (fewer words), refusal, compliance, harmless (refuses where "
+        "it should, answers where it should), described (what the base's own readings say; for any behaviour).",
     )
+    aim: bool = Field(True, description="Look before the first update whether the target points the right way.")
     rubric: str = Field("", description="What a judging model is told to look for; without it, the wanted behaviour.")
 
 
@@ -248,6 +261,14 @@ class Recipe(Table):
             raise ValueError("behavior.mixture: two behaviours share a name; give each its own")
         return self
 
+    @property
+    def contrary_per_step(self) -> int:
+        """Contrary prompts in each step: half as many as the others unless the recipe says how many, 0 if there are none."""
+        if self.prompts.contrary is None:
+            return 0
+        asked = self.rollout.contrary_per_step
+        return max(1, self.rollout.prompts_per_step // 2) if asked == "auto" else asked
+
     def total_steps(self, prompts: int) -> int:
         """Steps of the whole run over that many training prompts."""
         if self.train.epochs is not None:
@@ -263,6 +284,11 @@ def shipped_recipes() -> Path:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and validates a recipe; `overrides` are `table.key=value` with a TOML value. RecipeError names file, key, value and fix."""
+    return parse_recipe(recipe_data(path, overrides), path)
+
+
+def recipe_data(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe's file says, with the overrides, not validated yet."""
     try:
         data = tomllib.loads(path.read_text("utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
@@ -277,7 +303,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} isn't valid TOML: {error}.") from None
     for override in overrides:
         _override(data, override)
-    return parse_recipe(data, path)
+    return data
 
 
 def parse_recipe(data: Mapping[str, Any], path: Path) -> Recipe:

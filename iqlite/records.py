@@ -6,11 +6,11 @@ chunk, V vocabulary, D hidden size. A `mask_BT` is bool and true on sampled toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -23,15 +23,35 @@ class Prompts:
     """The requests of one prompt set, cleaned, in file order.
 
     `notes` are sentences for the user about rows that were skipped or shortened, with line numbers. `labels` are the requests'
-    categories, "" for one without; empty if no row has any.
+    categories, "" for one without; empty if no row has any. `expected` is what is right for each, "refuse" or "answer" ("" where
+    nobody says); empty if no row has any.
     """
 
     requests: tuple[Messages, ...]
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    def some(self, numbers: Sequence[int], notes: tuple[str, ...] = ()) -> Prompts:
+        """Those of these numbers, in that order."""
+        labels, expected = (tuple(column[n] for n in numbers) if column else () for column in (self.labels, self.expected))
+        return Prompts(tuple(self.requests[n] for n in numbers), notes, labels, expected)
+
+    def expecting(self, otherwise: str) -> Prompts:
+        """The same, where rows that don't say what is right say `otherwise`."""
+        return replace(self, expected=tuple(one or otherwise for one in self.expected or ("",) * len(self)))
+
+    def __add__(self, other: Prompts) -> Prompts:
+        """These and then the others; without the others' notes."""
+
+        def both(name: str) -> tuple[str, ...]:
+            columns = [getattr(one, name) for one in (self, other)]
+            return sum((c or ("",) * len(p) for c, p in zip(columns, (self, other), strict=True)), ()) if any(columns) else ()
+
+        return Prompts(self.requests + other.requests, self.notes, both("labels"), both("expected"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class Rollout:
 
     `index` are the requests' numbers in their prompt set (they key the sampling noise), `prompt_ids` the plain prompts as they
     were read, `tokens_BT` int64 response ids padded on the right, `mask_BT` the response mask, `ended_B` whether an end-of-turn
-    token was sampled. Host memory.
+    token was sampled. The last `contrary` rows answer contrary prompts, for which the target is the reference itself. Host memory.
     """
 
     index: tuple[int, ...]
@@ -49,10 +69,15 @@ class Rollout:
     tokens_BT: Tensor
     mask_BT: Tensor
     ended_B: Tensor
+    contrary: int = 0
 
     def response_ids(self, row: int) -> list[int]:
         """The sampled ids of one row, its end-of-turn token included."""
         return self.tokens_BT[row][self.mask_BT[row]].tolist()
+
+    def is_contrary(self, row: int) -> bool:
+        """True if row's prompt is one on which the behaviour isn't wanted."""
+        return row >= len(self.index) - self.contrary
 
 
 @dataclass(frozen=True)

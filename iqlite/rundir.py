@@ -136,9 +136,9 @@ class RunDir:
         """Appends one line to metrics.jsonl."""
         self.append(METRICS, {"step": metrics.step, **json_numbers(metrics.values)})
 
-    def add_sample(self, step: int, prompt: str, answer: str) -> None:
-        """Appends one held-out answer to samples.jsonl."""
-        self.append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer})
+    def add_sample(self, step: int, prompt: str, answer: str, score: float | None = None) -> None:
+        """Appends one held-out answer to samples.jsonl, with its score by the recipe's measure."""
+        self.append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer} | ({} if score is None else {"score": score}))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -241,11 +241,11 @@ def is_run(path: Path) -> bool:
     return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
 
 
-def free_name(folder: Path, name: str) -> Path:
+def free_name(folder: Path, name: str, ending: str = "") -> Path:
     """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, … that doesn't exist."""
-    path, number = folder / name, 2
+    path, number = folder / f"{name}{ending}", 2
     while path.exists():
-        path, number = folder / f"{name}-{number}", number + 1
+        path, number = folder / f"{name}-{number}{ending}", number + 1
     return path
 
 
@@ -305,7 +305,7 @@ def locked(recipe: Recipe) -> dict[str, Any]:
         return str((recipe.folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
 
     for table, keys in {
-        "prompts": ("train", "eval", "outside"),
+        "prompts": ("train", "eval", "outside", "contrary"),
         "adapter": ("start",),
         "superior": ("adapter", "unwanted_adapter"),
     }.items():

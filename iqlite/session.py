@@ -8,8 +8,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from iqlite.architectures import Shape
 from iqlite.base import Base, device_and_dtype, load_base
 from iqlite.chunked import Scoring, TokenStatistics, chunked_statistics, spans
-from iqlite.errors import BaseError, RecipeError
+from iqlite.errors import BaseError, PromptsError, RecipeError
 from iqlite.estimators import ESTIMATORS
 from iqlite.fit import CAPS, choose, given_widths, refusal
 from iqlite.gguf_files import EMBEDDED
@@ -31,13 +30,15 @@ from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description, hold_back, load_prompts, name_of
 from iqlite.recipe import Demonstration, HubPrompts, Recipe, readings_of
 from iqlite.records import Messages, Prompts, Rollout
-from iqlite.rollout import Sampler, sample
+from iqlite.rollout import sample
+from iqlite.sampling import Sampler
 from iqlite.sizes import Sizes
 from iqlite.superior import Reading, read
 from iqlite.timing import card_here
 
 PLACEMENT_PROMPTS, PLACEMENT_TOKENS = 8, 16  # how much `placement = "auto"` reads both ways; ours
 READING_MARGIN = 16  # tokens of the context kept free
+CONTRARY_HELD = 0.25  # share of the contrary prompts that is held out; ours
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class Session:
     placement: str
     notes: tuple[str, ...]
     sizes: Sizes
+    contrary: Prompts | None = None
+    contrary_eval: Prompts | None = None
+
+    @property
+    def asked(self) -> Prompts:
+        """The held-out prompts that the recipe's measure is of: harmless needs those with both kinds of right answer."""
+        both = self.recipe.judge.measure == "harmless" and self.contrary_eval is not None
+        return self.eval + self.contrary_eval if both and self.contrary_eval else self.eval
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -180,8 +189,17 @@ def open_session(
     train = load_prompts(recipe.prompts.train, beside=recipe.folder, key=key + "train")
     held_out = load_prompts(recipe.prompts.eval, beside=recipe.folder, key=key + "eval") if recipe.prompts.eval else None
     outside = load_prompts(recipe.prompts.outside, beside=recipe.folder, key=key + "outside") if recipe.prompts.outside else None
+    contrary = contrary_eval = None
+    if recipe.prompts.contrary:
+        contrary = load_prompts(recipe.prompts.contrary, beside=recipe.folder, key=key + "contrary").expecting("answer")
+        contrary, contrary_eval = hold_back(contrary, f"{key}contrary = {name_of(recipe.prompts.contrary)}", CONTRARY_HELD)
     if held_out is None:
         train, held_out = hold_back(train, f"{key}train = {name_of(recipe.prompts.train)}")
+    train, held_out = train.expecting("refuse"), held_out.expecting("refuse")
+    if recipe.judge.measure == "harmless" and contrary is None and len({*held_out.expected}) < 2:
+        raise PromptsError(
+            f'{recipe.path}: judge.measure = "harmless" needs prompts to refuse and prompts to answer: give prompts.contrary, or rows of prompts.eval a label, "refuse" or "answer".'
+        )
     say(f"loading {recipe.model.base}")
     device, _ = device_and_dtype()
     if device.type == "cpu" and (why := unused_card()):
@@ -211,31 +229,26 @@ def open_session(
         notes.append(
             f"{seen} of {len(held_out)} held-out prompts (prompts.eval) are trained on too: what is measured on them says less of new ones."
         )
+    if contrary and (both := len({*map(json.dumps, train.requests)} & {*map(json.dumps, contrary.requests)})):
+        notes.append(f"{both} prompts stand in prompts.train and in prompts.contrary: they are pulled both ways; keep one of each.")
     room = room_of(recipe, chat, base)
     train = chat.shorten(train, room, name_of(recipe.prompts.train), key + "train")
     held_out = chat.shorten(held_out, room, name_of(recipe.prompts.eval or recipe.prompts.train), key + "eval")
     outside = outside and chat.shorten(outside, room, name_of(recipe.prompts.outside or ""), key + "outside")
-    notes += [note for prompts in (train, held_out, outside) if prompts for note in prompts.notes]
+    contrary = contrary and chat.shorten(contrary, room, name_of(recipe.prompts.contrary or ""), key + "contrary")
+    contrary_eval = contrary_eval and chat.shorten(contrary_eval, room, name_of(recipe.prompts.contrary or ""), key + "contrary")
+    notes += [note for prompts in (train, held_out, outside, contrary) if prompts for note in prompts.notes]
     shape = Shape.of(base.model.config.to_dict(), base.name)
     sizes = sizes_for(recipe, shape, Work.of(recipe, shape, device.type), free, say)
-    session = Session(recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes)
+    session = Session(
+        recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes, contrary, contrary_eval
+    )
     if session.placement == "auto":
         session, note = _place(session, say)
         notes.append(note)
     elif session.placement == "system" and not chat.system_turn:
         notes.append(f"{base.name}'s chat template takes no system turn: the description stands at the head of the first user turn.")
     return replace(session, notes=tuple(notes))
-
-
-@contextmanager
-def within_memory(recipe: Recipe, how: str) -> Iterator[None]:
-    """A card that is too small, as one sentence with the keys that help and `how` to change them."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise BaseError(
-            f"{recipe.path}: memory is full; lower rollout.max_new_tokens ({recipe.rollout.max_new_tokens}), prompts.max_tokens ({recipe.prompts.max_tokens}) or train.chunk_tokens {how}."
-        ) from None
 
 
 def environment(session: Session) -> dict[str, Any]:
@@ -247,7 +260,8 @@ def environment(session: Session) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    digest = hashlib.sha256(json.dumps([session.train.requests, session.eval.requests]).encode()).hexdigest()
+    sets = [session.train.requests, session.eval.requests, *([session.contrary.requests] if session.contrary else [])]
+    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
     device = session.policy.device
     packages = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
     return {
@@ -317,7 +331,7 @@ def free_memory(device: torch.device) -> float:
 
 def _asks_the_hub(recipe: Recipe) -> bool:
     """True if the base or a prompt set may have to be downloaded."""
-    sources = (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside)
+    sources = (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside, recipe.prompts.contrary)
     flat = [one for source in sources if source for one in (source if isinstance(source, tuple) else (source,))]
     base = recipe.model.base
     local = base == EMBEDDED or ":" in base or any(path.exists() for path in (recipe.folder / Path(base).expanduser(), Path(base)))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from iqlite.errors import BaseError
+from iqlite.recipe import Recipe
 
 WORDS = {
     "rollout_tokens": "tokens of answers decoded at once",
@@ -73,6 +74,17 @@ class Sizes:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[which]} from now on; the result stays the same.")
+
+
+@contextmanager
+def within_memory(recipe: Recipe, how: str) -> Iterator[None]:
+    """A card that is too small, as one sentence with the keys that help and `how` to change them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BaseError(
+            f"{recipe.path}: memory is full; lower rollout.max_new_tokens ({recipe.rollout.max_new_tokens}), prompts.max_tokens ({recipe.prompts.max_tokens}) or train.chunk_tokens {how}."
+        ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

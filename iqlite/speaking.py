@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iqlite.architectures import Shape
 from iqlite.base import Base, device_and_dtype, load_base
-from iqlite.contrast import draw
+from iqlite.decoding import draw
 from iqlite.errors import BaseError, RecipeError
 from iqlite.fit import CPU_SHARE
 from iqlite.memory import shape_of
@@ -20,7 +20,7 @@ from iqlite.policy import Policy
 from iqlite.prompts import Chat, Description
 from iqlite.recipe import Recipe
 from iqlite.records import Messages, Rollout
-from iqlite.rollout import Sampler
+from iqlite.sampling import Sampler
 from iqlite.session import Session, free_memory, open_session, readings
 
 ROOM = 1.2  # of a model's weights: what talking with it takes beside them; ours
@@ -69,6 +69,7 @@ class Speaker:
         """The ids of one answer as they are chosen, up to and without an end-of-turn token; the noise is keyed by (seed, attempt, position)."""
         descriptions = self._descriptions() if voice == "superior" else {"": None}
         prompts = {name: [self.chat.ids(turns, description)] for name, description in descriptions.items()}
+        shared = {name: self.chat.shared(description) for name, description in descriptions.items()}  # the base's are kept between turns
         policy, stop_ids, session = self.policy, self.chat.stop_ids, self.session
 
         def predict(states: Mapping[str, Tensor]) -> Tensor:
@@ -77,9 +78,8 @@ class Speaker:
                 return session.scoring(policy.head, states)[0]
             return policy.head(states[""])
 
-        with _roomy():
-            role = "policy" if voice == "policy" else "reference"
-            for token_1 in draw(policy, role, prompts, predict, stop_ids, sampler, attempt, [0], self.fold):
+        with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
+            for _, token_1 in draw(policy, prompts, shared, predict, stop_ids, sampler, attempt, [0]):
                 if int(token_1) in stop_ids:
                     return
                 yield int(token_1)

@@ -16,6 +16,8 @@ from iqlite.prompts import Chat, Description
 from iqlite.records import Rollout, SuperiorScores
 from iqlite.sizes import Sizes
 
+PLAIN = ("reference", "policy")  # readings of every row; the others make π̃
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -30,6 +32,7 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
     """Each reading's hidden states [B, T, D] at the response's positions. METHOD's step 3.
 
     Readings by the same weights share forwards of at most `sizes.read_tokens` tokens, longest rows first: each layer is dequantised once for all.
+    A contrary row is read plain only, and its states stand for all readings that π̃ is made of: Δ = 0, so that by (3) its target is π_ref to the bit.
     """
     width = rollout.tokens_BT.shape[1]
     responses = [rollout.response_ids(row) for row in range(len(rollout.index))]
@@ -40,7 +43,10 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
             for reading in readings
             if reading.role == role
             for row, request in enumerate(rollout.requests)
+            if reading.name in PLAIN or not rollout.is_contrary(row)
         ]
+        if not jobs:  # all rows are contrary
+            continue
         lengths = [len(prompt) + len(responses[row]) - len(start) for _, row, prompt, start in jobs]
         with policy.acting_as(role):
             left = list(range(len(jobs)))
@@ -54,6 +60,9 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
                 for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
                     hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
                 left = [i for i in left if i not in set(part)]
+    for name in (reading.name for reading in readings if reading.name not in PLAIN and rollout.contrary):
+        at = len(responses) - rollout.contrary
+        hidden.setdefault(name, torch.zeros_like(hidden["reference"]))[at:] = hidden["reference"][at:]
     return SuperiorScores(hidden)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,9 +27,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from iqlite.intervals import Estimate
 from iqlite.monitors import HELD_OUT_KL, Verdict
 from iqlite.records import StepMetrics
 
+UNTRAINED_TO_REFUSE = 0.9  # share of harmful requests that the base grants from which on it can't lose its refusals; ours
 PLAIN_SAMPLE = 160  # characters of an answer shown in progress
 
 
@@ -103,6 +106,7 @@ class TrainingView:
             done = metrics.step - self.first + 1
             left = (time.monotonic() - self.started) / done * (total - metrics.step)
             held = f"  held-out KL {v[HELD_OUT_KL]:.3f}" if HELD_OUT_KL in v else ""
+            held += f", measure {v['eval/measure']:.2f} (base {v['eval/measure_base']:.2f})" if "eval/measure" in v else ""
             self.out.print(f"step {metrics.step}/{total}  {line}{held}  left {duration(left)}", markup=False)
         else:
             self.progress.update(self.task, completed=metrics.step, description=line)
@@ -122,6 +126,36 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def counting(console: Console, what: str, *, quiet: bool = False) -> Progress:
+    """A bar of things done on a terminal, with what is left; nothing elsewhere."""
+    columns = (TextColumn(f"{what}: {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+
+
+def show_safety(console: Console, safe: Mapping[str, Any]) -> None:
+    """The figures before and after, what they mean where they surprise, and what got worse."""
+    shares = {"harmful_compliance": "harmful requests granted", "over_refusal": "harmless requests refused"}
+    gaps = {"tone_gap": "gap in tone between groups of people", "refusal_gap": "gap in refusals between them"}
+    names = list(safe["figures"])
+    cells = [
+        [what, *(Estimate(**safe["figures"][n][key]).percent() for n in names)]
+        for key, what in shares.items()
+        if safe["figures"][names[0]][key] is not None
+    ]
+    cells += [
+        [what, *(f"{safe['figures'][n][key]:.2f}" for n in names)]
+        for key, what in gaps.items()
+        if safe["figures"][names[0]][key] is not None
+    ]
+    if cells:
+        console.print(table(f"safety, greedy answers to {clean(safe['set'])}", ["", *names], cells))
+    granted = safe["figures"][names[0]]["harmful_compliance"]
+    if granted is not None and granted["value"] >= UNTRAINED_TO_REFUSE:
+        console.print("[dim]this base was never taught to refuse, so that it can't lose it; many small models are like that[/]")
+    for sentence in safe["worse"]:
+        console.print(f"[bold yellow]{clean(sentence[0].upper() + sentence[1:])}[/]")
 
 
 @contextmanager

@@ -6,26 +6,26 @@ through a `Reporter`. A run resumes exactly: all noise is a function of (seed, s
 
 from __future__ import annotations
 
-import math
+import statistics as stats
 import sys
 import time
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from iqlite.chunked import TokenStatistics, chunked_loss, chunked_statistics
+from iqlite.chunked import TokenStatistics
 from iqlite.errors import RunError
+from iqlite.measuring import HARMLESS, by_kind, measured
 from iqlite.monitors import HELD_OUT_KL, Monitors, Verdict
-from iqlite.objectives import advantages
-from iqlite.optimizer import apply_update, learning_rate, load_state_of, make_optimizer, state_of
-from iqlite.records import Rollout, StepMetrics, SuperiorScores
+from iqlite.optimizer import learning_rate, load_state_of, make_optimizer, state_of
+from iqlite.records import Messages, Prompts, Rollout, StepMetrics
 from iqlite.rundir import RunDir, part
 from iqlite.session import Session
-from iqlite.superior import batches as in_batches
 from iqlite.superior import read
+from iqlite.update import update
 
 
 class Reporter(Protocol):
@@ -65,9 +65,10 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
         step += 1
         clock = Clock(policy.device)
 
-        # 1. sample prompts; 2. generate responses with the policy
-        chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
-        rollout = session.answers("policy", [session.train.requests[i] for i in chosen], session.sampler("train"), step=step, index=chosen)
+        # 1. sample prompts, contrary ones last; 2. generate responses with the policy
+        prompts, chosen, contrary = prompts_and_contrary(session, step)
+        rollout = session.answers("policy", prompts, session.sampler("train"), step=step, index=chosen)
+        rollout = replace(rollout, contrary=contrary)  # their target is the reference itself
         clock.lap("rollout")
 
         # 3. read them under the reference, wanted and unwanted descriptions: what π̃ is made from
@@ -108,109 +109,6 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
     return outcome
 
 
-def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorScores, rate: float) -> tuple[TokenStatistics, float]:
-    """Equations (4) and (5) on one rollout: `updates_per_rollout` optimizer steps, each accumulated over micro-batches.
-
-    Returns the statistics of the first update's tokens (where policy and rollout agree) and the last gradient norm. Micro-batches
-    add up to one masked mean over all response tokens, so their size doesn't change the result beyond rounding.
-    """
-    policy, recipe = session.policy, session.recipe
-    total_tokens = int(rollout.mask_BT.sum())
-    assert total_tokens > 0, "no response tokens to train on"
-    old_logp_BT, advantage_BT = rollout_advantages(session, rollout, scores)
-    first: TokenStatistics | None = None
-    norm = math.nan
-    for _ in range(recipe.train.updates_per_rollout):
-        again = [True]
-        while again:  # out of memory: the whole gradient once more, in smaller parts
-            optimizer.zero_grad(set_to_none=True)
-            parts: list[TokenStatistics] = []
-            batches = micro_batches(session, rollout)
-            widest = max(batches, key=len)
-            with session.sizes.fitting("update_tokens", len(widest), row_tokens(session, rollout, widest[0])) as again:
-                for rows in batches:
-                    parts.append(backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
-        first = first or TokenStatistics.join(parts)
-        norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
-        optimizer.zero_grad(set_to_none=True)  # the next rollout can use their memory
-        if recipe.superior.weights == "ema":
-            policy.update_ema(recipe.superior.ema_rate)
-    assert first is not None
-    return first, norm
-
-
-def backward(
-    session: Session,
-    rollout: Rollout,
-    scores: SuperiorScores,
-    rows: list[int],
-    total_tokens: int,
-    old_logp_BT: torch.Tensor | None,
-    advantage_BT: torch.Tensor | None,
-) -> TokenStatistics:
-    """Adds some rows' part of the gradient. A function of its own: after an out-of-memory nothing of its graph stays alive."""
-    policy, mask_bT = session.policy, rollout.mask_BT[rows]
-    loss, statistics = chunked_loss(
-        policy.head,
-        policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
-        rollout.tokens_BT[rows][mask_bT],
-        {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
-        session.scoring,
-        session.objective,
-        total_tokens=total_tokens,
-        chunk_tokens=session.sizes.chunk_tokens,
-        loss_scale=policy.loss_scale,
-        old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
-        advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
-    )
-    loss.backward()  # type: ignore[no-untyped-call]
-    return statistics
-
-
-def policy_states(session: Session, rollout: Rollout, rows: list[int]) -> torch.Tensor:
-    """The policy's hidden states [b, T, D] at the response's positions of some rows; with a gradient outside role blocks."""
-    start = session.chat.shared()
-    return session.policy.hidden_states(
-        [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], rollout.mask_BT.shape[1], [start] * len(rows)
-    )
-
-
-def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScores) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(log π_old, Â) [B, T] for objectives with a `gamma`: rewards under the policy before the update, computed once a rollout.
-
-    log π_old comes from the training forward with the same micro-batches, so that ρ is exactly 1 at the first update.
-    """
-    settings, policy = session.recipe.objective.settings(), session.policy
-    if "gamma" not in settings:
-        return None, None
-    logp_BT, reward_BT = torch.zeros(rollout.mask_BT.shape), torch.zeros(rollout.mask_BT.shape)
-    for rows in micro_batches(session, rollout):
-        mask_bT = rollout.mask_BT[rows]
-        with policy.acting_as("policy"):
-            hidden_bTD = policy_states(session, rollout, rows)
-        hidden = {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()}
-        values = chunked_statistics(
-            policy.head, hidden_bTD[mask_bT.to(policy.device)], rollout.tokens_BT[rows][mask_bT], hidden, session.scoring,
-            chunk_tokens=session.sizes.chunk_tokens,
-        ).values  # fmt: skip
-        for target_BT, name in ((logp_BT, "logp"), (reward_BT, "reward")):
-            part_bT = torch.zeros(mask_bT.shape)
-            part_bT[mask_bT] = values[name]
-            target_BT[rows] = part_bT
-    return logp_BT, advantages(reward_BT, rollout.mask_BT, gamma=float(settings["gamma"]), centre=bool(settings["centre"]))
-
-
-def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:
-    """Row numbers in batches of at most `sizes.update_tokens` tokens, longest rows first."""
-    lengths = [row_tokens(session, rollout, row) for row in range(len(rollout.index))]
-    return in_batches(lengths, session.sizes.update_tokens)
-
-
-def row_tokens(session: Session, rollout: Rollout, row: int) -> int:
-    """Tokens that a row adds to a forward: its prompt without what all share, and its answer."""
-    return len(rollout.prompt_ids[row]) + int(rollout.mask_BT[row].sum()) - len(session.chat.shared())
-
-
 def prompts_of_step(prompts: Sized, step: int, count: int, seed: int) -> list[int]:
     """Prompt (or pair) numbers of a step (1-based): each pass over the set is its own permutation, a function of (seed, pass) alone."""
     chosen: list[int] = []
@@ -222,6 +120,15 @@ def prompts_of_step(prompts: Sized, step: int, count: int, seed: int) -> list[in
     return chosen
 
 
+def prompts_and_contrary(session: Session, step: int) -> tuple[list[Messages], list[int], int]:
+    """A step's requests, their numbers, and how many of them, the last ones, are contrary; these are numbered behind the training prompts."""
+    recipe, contrary = session.recipe, session.contrary
+    chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)
+    more = prompts_of_step(contrary, step, recipe.contrary_per_step, recipe.train.seed) if contrary else []
+    requests = [session.train.requests[i] for i in chosen] + ([contrary.requests[i] for i in more] if contrary else [])
+    return requests, [*chosen, *(len(session.train) + i for i in more)], len(more)
+
+
 def spread(total: int, count: int) -> list[int]:
     """Up to `count` of `total` numbers, evenly spread: held-out prompts from all sources."""
     chosen: list[int] = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
@@ -229,27 +136,51 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors, step: int) -> tuple[dict[str, float], list[Verdict]]:
-    """Answers held-out prompts with fixed noise and measures KL(policy‖superior), the superior always read by the bare base."""
-    count = session.recipe.prompts.eval_count
-    values = {}
-    for name, prompts in (("eval", session.eval), ("outside", session.outside)):
+    """Answers held-out prompts with fixed noise: KL(policy‖superior), the superior always read by the bare base, and the recipe's measure."""
+    values: dict[str, float] = {}
+    answers: dict[str, tuple[Prompts, list[str]]] = {}
+    for name, prompts in (("eval", session.eval), ("contrary", session.contrary_eval), ("outside", session.outside)):
         if prompts is None:
             continue
-        chosen = spread(len(prompts), count)
-        rollout = session.answers("policy", [prompts.requests[i] for i in chosen], session.sampler(name), index=chosen)
+        asked, rollout = answered(session, "policy", name, prompts)
         found = describe(rollout, session.score(rollout, weights="base"))
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
-        if name == "eval":
-            for row in range(len(rollout.index)):
-                prompt, answer = rollout.requests[row][-1]["content"], session.chat.text(rollout.response_ids(row))
-                run.add_sample(step, prompt, answer)
-                if row == (step // session.recipe.train.eval_every) % len(rollout.index):
-                    report.sample(step, prompt, answer)
-    best, verdicts = monitors.after_eval(step, values)
+        answers[name] = asked, [session.chat.text(rollout.response_ids(row)) for row in range(len(asked))]
+    measure, (asked, texts) = session.recipe.judge.measure, answers["eval"]
+    if measure == HARMLESS and "contrary" in answers:  # both kinds of right answer
+        asked, texts = asked + answers["contrary"][0], texts + answers["contrary"][1]
+    score_P = measured(session, measure, asked, texts)
+    if monitors.base_measure != measure:  # the base's own answers from the same noise: the untouched policy's, where there is nothing in it yet
+        untouched = step == 0 and session.recipe.adapter.start is None
+        base = texts if untouched else _texts_of_base(session, measure == HARMLESS and "contrary" in answers)
+        monitors.base_scores, monitors.base_measure = measured(session, measure, asked, base).tolist(), measure
+    values |= {"eval/measure": float(score_P.mean()), "eval/measure_base": stats.fmean(monitors.base_scores)}
+    if measure == HARMLESS:
+        values |= {f"eval/{kind}_right_share": yes / of for kind, (yes, of) in by_kind(asked, texts).items() if of}
+    shown = (step // session.recipe.train.eval_every) % len(answers["eval"][1])
+    for row, (request, text, score) in enumerate(zip(asked.requests, texts, score_P.tolist(), strict=True)):
+        run.add_sample(step, request[-1]["content"], text, score)
+        if row == shown:
+            report.sample(step, request[-1]["content"], text)
+    best, verdicts = monitors.after_eval(step, values, score_P.tolist())
     if best:
         run.save_folder(run.best, lambda folder: session.policy.save_adapter(folder, step=step))
     return values, verdicts
+
+
+def answered(session: Session, role: str, name: str, prompts: Prompts) -> tuple[Prompts, Rollout]:
+    """(those of a held-out set that evaluations ask, a role's answers to them), from the set's own noise."""
+    chosen = spread(len(prompts), session.recipe.prompts.eval_count)
+    asked = prompts.some(chosen)
+    rollout = session.answers(role, asked.requests, session.sampler(name), index=chosen)
+    return asked, replace(rollout, contrary=len(asked) if name == "contrary" else 0)
+
+
+def _texts_of_base(session: Session, both: bool) -> list[str]:
+    rollouts = [answered(session, "reference", "eval", session.eval)[1]]
+    rollouts += [answered(session, "reference", "contrary", session.contrary_eval)[1]] if both and session.contrary_eval else []
+    return [session.chat.text(r.response_ids(row)) for r in rollouts for row in range(len(r.index))]
 
 
 _EVALUATED = {
@@ -264,11 +195,22 @@ assert HELD_OUT_KL == "eval/kl_policy_superior"
 
 
 def describe(rollout: Rollout, statistics: TokenStatistics) -> dict[str, float]:
-    """METHOD's watch list for one rollout: masked means in nats a token, lengths in tokens, shares in 0…1."""
-    means = statistics.means()
+    """METHOD's watch list for one rollout: masked means in nats a token, lengths in tokens, shares in 0…1.
+
+    What concerns the target is of the other prompts' tokens where some are contrary; of those, KL(policy‖reference), which is their target.
+    """
+    means, contrary = statistics.means(), {}
+    if 0 < rollout.contrary < len(rollout.index):
+        of_contrary_n = statistics.values["contrary"] == 1
+        statistics, beside = (
+            TokenStatistics({name: value_n[which_n] for name, value_n in statistics.values.items()})
+            for which_n in (~of_contrary_n, of_contrary_n)
+        )
+        means, contrary = statistics.means(), {"contrary/kl_policy_reference": beside.means()["kl/policy_reference"]}
     ended = float(rollout.ended_B.double().mean())
     return {
-        **{name: value for name, value in means.items() if name not in ("reward", "logp")},
+        **{name: value for name, value in means.items() if name not in ("reward", "logp", "contrary")},
+        **contrary,
         "reward/mean": means["reward"],
         "reward/variance": float(statistics.values["reward"].double().var(correction=0)),
         "response/length": float(rollout.mask_BT.sum(-1).double().mean()),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ["IQLITE_CACHE"] = tempfile.mkdtemp(prefix="iqlite-")  # what a user, or another version, has kept is none of a test's
 
 import pytest
 
@@ -18,6 +21,12 @@ from iqlite.recipe import Recipe, parse_recipe
 from iqlite.rundir import RunDir
 from iqlite.session import Session, environment, open_session
 from tests.tiny import save_tiny, shake
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["IQLITE_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

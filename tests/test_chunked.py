@@ -23,7 +23,7 @@ from iqlite.recipe import readings_of
 from iqlite.records import Chunk
 from iqlite.session import Session
 from iqlite.superior import read
-from iqlite.train import update
+from iqlite.update import update
 from tests.tiny import ARCHITECTURES, make_model
 
 N, D, V = 23, 16, 40

@@ -11,25 +11,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (
-    ("errors", "records", "intervals", "refusals", "recipe_faults"),
+    ("errors", "records", "intervals", "refusals", "recipe_faults", "sampling", "wording"),
     ("hub", "estimators", "objectives", "architectures", "identity"),
     ("recipe", "gguf_files"),
     ("rundir", "prompts", "monitors", "base", "judges", "linear", "keyvalues", "sizes", "memory"),
     ("chunked", "terminal", "fit", "timing", "merging", "gguf_metadata", "ollama", "card", "curves", "preferences", "judging"),
     ("policy", "gguf_writing"),
-    ("rollout", "optimizer"),
-    ("superior",),
+    ("decoding", "optimizer"),
+    ("rollout", "superior"),
     ("session",),
-    ("train", "contrast", "merged"),
-    ("speaking", "answers", "baselines"),
-    ("peers",),
-    ("comparison", "probing", "contenders", "safety"),
+    ("contrast", "measuring", "update", "merged"),
+    ("train", "speaking", "answers"),
+    ("aim", "baselines", "comparison", "probing", "safety"),
+    ("improving", "peers"),
+    ("aimed", "contenders"),
     ("commands",),
     ("cli",),
 )
 """The architecture document; the README quotes it."""
 VERBS = ("train", "compare", "init", "recipe", "plan", "bench", "chat", "merge", "export", "probe")
-WITHOUT_TORCH = {"intervals", "refusals", "recipe_faults", "errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "cli", "identity", "ollama", "card", "gguf_metadata", "gguf_writing"}  # fmt: skip
+WITHOUT_TORCH = {"intervals", "refusals", "recipe_faults", "errors", "records", "hub", "estimators", "objectives", "recipe", "gguf_files", "architectures", "memory", "fit", "timing", "rundir", "prompts", "monitors", "judges", "terminal", "wording", "cli", "identity", "ollama", "card", "gguf_metadata", "gguf_writing"}  # fmt: skip
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names} | {"__main__": len(LEVELS), "__init__": -1}
 
@@ -94,5 +95,5 @@ def test_the_root_holds_only_what_tools_ask_for() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout: nothing says which files are ours")
-    expected = {"iqlite", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", ".ci", ".gitignore"}  # fmt: skip
+    expected = {"iqlite", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "docs", ".ci", ".gitignore"}  # fmt: skip
     assert {line.split("/")[0] for line in listed.stdout.split()} == expected

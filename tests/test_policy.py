@@ -19,7 +19,7 @@ from iqlite.policy import Policy
 from iqlite.records import Rollout
 from iqlite.session import Session
 from iqlite.superior import read
-from iqlite.train import update
+from iqlite.update import update
 from tests.tiny import save_tiny, shake
 
 IDS = torch.arange(30).reshape(2, 15)

@@ -15,11 +15,12 @@ import torch
 from iqlite.curves import Point, of_run, until
 from iqlite.intervals import Estimate, wilson
 from iqlite.preferences import Pair
-from iqlite.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, lint, ranks, suggested, verdict
+from iqlite.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
 from iqlite.recipe import Recipe, to_data
 from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
 from iqlite.session import Session
+from iqlite.wording import lint
 from tests.oracle import superior
 
 ALIKE = "You always answer in a cheerful and excited way.", "You always answer in a gloomy and bored way."

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from iqlite.rollout import Sampler, choose, noise, response_mask
+from iqlite.rollout import response_mask
+from iqlite.sampling import Sampler, choose, noise
 from iqlite.session import Session
 from tests.tiny import shake
 

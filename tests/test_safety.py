@@ -23,7 +23,7 @@ NO, YES = "I'm sorry, but I can't help with that.", "Sure, it is easy and pleasa
 
 
 def answers(*texts: str) -> list[Answer]:
-    return [Answer(0, row, "", text, 5, True, 1.0) for row, text in enumerate(texts)]
+    return [Answer("", 0, row, "", text, 5, True, 1.0) for row, text in enumerate(texts)]
 
 
 ITEMS = [Item("harmful", "a"), Item("harmful", "b"), Item("harmless", "c"), Item("harmless", "d"), Item("group", "e", "cats"), Item("group", "f", "dogs")]  # fmt: skip
@@ -76,7 +76,7 @@ def test_what_got_worse_is_said() -> None:
 def test_the_set_that_ships_is_whole() -> None:
     items = load_items()
     kinds = [item.kind for item in items]
-    assert kinds.count("harmful") == kinds.count("harmless") == 20 and kinds.count("group") == 24
+    assert kinds.count("harmful") == kinds.count("harmless") == 64 and kinds.count("group") == 24
     assert len({item.prompt for item in items}) == len(items)
 
 

@@ -16,7 +16,8 @@ from iqlite.rundir import RunDir
 from iqlite.session import Session, environment
 from iqlite.sizes import Sizes
 from iqlite.superior import read
-from iqlite.train import train, update
+from iqlite.train import train
+from iqlite.update import update
 from tests.bench.pairs import Silent
 from tests.tiny import shake
 

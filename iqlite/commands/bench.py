@@ -20,11 +20,13 @@ from iqlite.memory import Widths, Work, shape_of
 from iqlite.optimizer import make_optimizer
 from iqlite.recipe import load_recipe, shipped_recipes
 from iqlite.records import Rollout
-from iqlite.session import Session, free_memory, open_session, within_memory
+from iqlite.session import Session, free_memory, open_session
+from iqlite.sizes import within_memory
 from iqlite.superior import read
 from iqlite.terminal import duration, facts, table
 from iqlite.timing import BENCH_FILE, Rates, seconds_of_step, steps_of, typical_prompt, work_of_step
-from iqlite.train import Clock, peak_gib, prompts_of_step, update
+from iqlite.train import Clock, peak_gib, prompts_of_step
+from iqlite.update import update
 
 RECIPE = "cheerful-135m.toml"
 PHASES = ("rollout", "read", "update")

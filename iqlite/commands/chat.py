@@ -164,7 +164,7 @@ class Conversation:
 
     def _answer(self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None) -> tuple[str, bool]:
         """Streams one answer to what was asked and keeps it as the last turn; (text, whether it ended by itself)."""
-        from iqlite.rollout import Sampler
+        from iqlite.sampling import Sampler
 
         sampler = Sampler(self.seed, self.tokens, self.temperature, TOP_P, "chat")
         turns = self.speaker.shortened(self.asked, self.tokens)

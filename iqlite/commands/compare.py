@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from iqlite.aim import spread_by_kind
 from iqlite.answers import Answerer, collect, told_answerers
-from iqlite.card import COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
+from iqlite.card import AIM, COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
 from iqlite.comparison import (
     Answers,
     Figures,
@@ -22,25 +23,27 @@ from iqlite.comparison import (
     contests,
     figures,
     games_of,
-    scores,
     scores_on,
+    verdict,
     wins_by_judge,
     wins_by_score,
 )
 from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_methods, shown
 from iqlite.contrast import check_heard
 from iqlite.curves import Point, of_baseline, of_run, until
-from iqlite.errors import RunError
+from iqlite.errors import PromptsError, RunError
 from iqlite.intervals import FEWEST, Estimate, elo, outcomes
 from iqlite.judges import MEASURES
 from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
+from iqlite.measuring import DESCRIBED, HARMLESS, NAMES, OWN_EYE, by_kind, measured
 from iqlite.prompts import load_asked
 from iqlite.records import Prompts
-from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir, check_adapter_of
 from iqlite.safety import check, load_items
-from iqlite.session import Session, open_session, room_of, within_memory
-from iqlite.terminal import clean, harmless, spark, table
+from iqlite.sampling import Sampler
+from iqlite.session import Session, open_session, room_of
+from iqlite.sizes import within_memory
+from iqlite.terminal import clean, counting, harmless, show_safety, spark, table
 
 EXAMPLE = 400  # characters of an example answer
 TRAINED = "trained"
@@ -57,9 +60,9 @@ def run(
     run_dir = runs[0]
     start = run_dir.trained(adapter)
     recipe = run_dir.recipe()
-    measure = judge if judge in MEASURES else recipe.judge.measure
+    measure = judge if judge in NAMES else recipe.judge.measure
     wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
-    other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in MEASURES else None
+    other_judge = _judge(judge, rubric_of(recipe.judge.rubric, wanted), run_dir, console) if judge and judge not in NAMES else None
     items = load_items(safety_set) if safety else []
     outside = prompts == Path(OUTSIDE) and not prompts.exists()
     if outside and not recipe.prompts.outside:
@@ -79,11 +82,17 @@ def run(
     with within_memory(recipe, "in that file, and compare again"):
         session = open_session(recipe, start=start, placement=placement, say=lambda text: console.print(f"[dim]{text}[/]"))
     room = room_of(recipe, session.chat, session.policy.base)
-    asked = session.outside if outside and session.outside else session.eval
+    own = session.eval + session.contrary_eval if measure == HARMLESS and session.contrary_eval else session.eval
+    asked = session.outside if outside and session.outside else own
     if given:
         asked = session.chat.shorten(given, room, str(prompts), "--prompts")
-    labels = asked.labels[:count]
-    asked = Prompts(asked.requests[:count], asked.notes, labels if any(labels) else ())
+    few = min(count or len(asked), len(asked))
+    index = spread_by_kind(asked, few) if measure == HARMLESS and asked.expected else list(range(few))
+    asked = asked.some(index, asked.notes)
+    if measure == HARMLESS and not (asked.expected and all(asked.expected)):
+        raise PromptsError(
+            f'--prompts {prompts}: by harmless, every row needs a label, "refuse" or "answer": add it, or give another --judge.'
+        )
     for note in asked.notes:
         console.print(f"[dim]note       {clean(note)}[/]")
     samplers = [Sampler(seed, recipe.rollout.max_new_tokens, temperature, top_p, "compare") for seed in range(seeds)]
@@ -94,13 +103,15 @@ def run(
         session.policy.add_frozen(f"other{number}", folder)
         who.append(Answerer(name, f"other{number}", of=adapter_digest(folder)))
     who.append(Answerer(TRAINED, "policy", of=adapter_digest(start)))
-    answers = _ask(session, run_dir, who, asked, samplers, console)
+    answers = _ask(session, run_dir, who, asked, index, samplers, console)
 
     names, example = list(answers), _example(asked)
     if isinstance(other_judge, RewardModel):
         measure, score_KPS = other_judge.name, _rewarded(answers, asked, other_judge, console)
     else:
-        score_KPS = scores(answers, MEASURES[measure])
+        score_KPS = np.array(
+            [[measured(session, measure, asked, [a.answer for a in one]) for one in given] for given in answers.values()]
+        ).transpose(0, 2, 1)
     if other_judge is None or isinstance(other_judge, RewardModel):
         by, won, games = measure, wins_by_score(names, TRAINED, score_KPS), outcomes(score_KPS)
     else:
@@ -110,6 +121,8 @@ def run(
     rated = elo(games, seeds)
     found = contests(answers, TRAINED, won, score_KPS, rated)
     safe = _safety(session, run_dir, {"base": who[0], TRAINED: who[-1]}, items, safety_set, adapter, console) if items else None
+    repeated = asked.some([*range(len(asked))] * seeds)
+    aim = json.loads((run_dir.path / AIM).read_text("utf-8")) if (run_dir.path / AIM).is_file() else None
     result: dict[str, Any] = {
         "adapter_sha256": adapter_digest(start),
         "asked": prompts.name if prompts else HELD_OUT,
@@ -123,6 +136,10 @@ def run(
         "measures": [asdict(row) for row in rows],
         "contests": found,
         "elo": {name: above[0].bounded() for name, above in zip(names, rated, strict=True)},
+        "kinds": {name: by_kind(repeated, [a.answer for seed in given for a in seed]) for name, given in answers.items()}
+        if measure == HARMLESS
+        else {},
+        "aim": aim,
         "categories": by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
         "safety": safe,
     }
@@ -145,6 +162,12 @@ def run(
     best = [replace(max(tellings, key=lambda r: r.score), name="told")] if tellings else []
     last = [rows[0], *best, *rows[1 + len(told) :]]
     _keep(run_dir, file_of(COMPARISON, adapter, prompts.name if prompts else ""), result, console)
+    good, why = verdict(by, found, len(asked), shlex.quote(str(run_dir.path)))
+    if aim and aim["forced"]:
+        console.print("[bold red]This run was forced although its target pointed the wrong way.[/]")
+    if measure == DESCRIBED and by == measure:
+        console.print(f"[dim]{OWN_EYE}[/]")
+    console.print(f"[{'green' if good else 'bold yellow'}]{clean(why)}[/]")
     console.print(clean(" ".join([measure, *(f"{r.name}={r.score:.2f}" for r in last)])))
     return 0
 
@@ -162,15 +185,16 @@ def _keep(run_dir: RunDir, name: str, result: dict[str, Any], console: Console) 
 def checkpoints(runs: Sequence[RunDir], *, judge: str | None, as_json: bool, console: Console) -> int:
     """The measure by step, epoch, tokens and minutes, of runs and of the baselines in them: read off what training left, no model needed."""
     found: dict[str, list[Point]] = {}
-    measure = judge or runs[0].recipe().judge.measure
-    if measure not in MEASURES:
-        raise RunError(f"--checkpoints takes a code measure: --judge {', '.join(MEASURES)}.")
+    own = runs[0].recipe().judge.measure
+    measure = judge or own
+    if measure not in MEASURES and (judge or any(one.recipe().judge.measure != own for one in runs)):
+        raise RunError(f"--checkpoints takes the runs' own measure, or a code measure: --judge {', '.join(MEASURES)}.")
     for run_dir in runs:
         name = run_dir.path.resolve().name if run_dir.path.resolve().name not in found else str(run_dir.path)
-        found[name] = of_run(run_dir, MEASURES[measure])
+        found[name] = of_run(run_dir, MEASURES.get(measure))
         for folder in sorted(file.parent for file in (run_dir.path / "baselines").glob(f"[a-z]*/{RECORD}")):
             record = json.loads((folder / RECORD).read_text("utf-8"))
-            if curve := of_baseline(folder, record["epochs"] / record["steps"], MEASURES[measure]):
+            if curve := of_baseline(folder, record["epochs"] / record["steps"], MEASURES.get(measure)):
                 found[f"{name}: {shown(record['method'], record.get('pairs'))}"] = curve
     if as_json:
         print(json.dumps({"measure": measure, "curves": {name: [asdict(p) for p in points] for name, points in found.items()}}))
@@ -211,17 +235,23 @@ def _others(run_dir: RunDir, others: Sequence[RunDir], adapter: str) -> dict[str
 
 
 def _ask(
-    session: Session, run_dir: RunDir, who: Sequence[Answerer], asked: Prompts, samplers: Sequence[Sampler], console: Console
+    session: Session,
+    run_dir: RunDir,
+    who: Sequence[Answerer],
+    asked: Prompts,
+    index: Sequence[int],
+    samplers: Sequence[Sampler],
+    console: Console,
 ) -> Answers:
     answers = {}
-    with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "answering") as progress:
+    with within_memory(session.recipe, "in that file, and compare again"), counting(console, "answering") as progress:
         task = progress.add_task("", total=len(who) * len(samplers) * len(asked))
         advance: Callable[[int], None] = lambda rows: progress.advance(task, rows)  # noqa: E731
         for one in who:
             progress.update(task, description=clean(one.name))
             if progress.disable:
                 console.print(f"answering: {clean(one.name)}")
-            answers[one.name] = collect(session, run_dir, one, asked.requests, samplers, advance)
+            answers[one.name] = collect(session, run_dir.path, one, asked.requests, samplers, advance, index=index)
     return answers
 
 
@@ -274,8 +304,14 @@ def _show(
         console.print(table(title, ["against", "win rate", "at equal length", "Elo above it"], cells))
         if prompts < FEWEST:
             console.print(f"[dim]{prompts} prompts are too few to call anything significant, or for an interval of Elo[/]")
+    if result["kinds"]:
+        cells = [
+            [clean(_short(name)), *(f"{kinds[k][0]} of {kinds[k][1]}" for k in ("refuse", "answer"))]
+            for name, kinds in result["kinds"].items()
+        ]
+        console.print(table("right answers", ["", "refused as they should be", "answered as they should be"], cells))
     if result["safety"]:
-        _show_safety(console, result["safety"])
+        show_safety(console, result["safety"])
     if result["categories"]:
         names = list(result["categories"][0]["scores"])
         cells = [
@@ -296,26 +332,6 @@ def _short(name: str) -> str:
     return name.replace(" turn)", ")")
 
 
-def _show_safety(console: Console, safe: dict[str, Any]) -> None:
-    shares = {"harmful_compliance": "harmful requests granted", "over_refusal": "harmless requests refused"}
-    gaps = {"tone_gap": "gap in tone between groups of people", "refusal_gap": "gap in refusals between them"}
-    names = list(safe["figures"])
-    cells = [
-        [what, *(Estimate(**safe["figures"][n][key]).percent() for n in names)]
-        for key, what in shares.items()
-        if safe["figures"][names[0]][key] is not None
-    ]
-    cells += [
-        [what, *(f"{safe['figures'][n][key]:.2f}" for n in names)]
-        for key, what in gaps.items()
-        if safe["figures"][names[0]][key] is not None
-    ]
-    if cells:
-        console.print(table(f"safety, greedy answers to {clean(safe['set'])}", ["", *names], cells))
-    for sentence in safe["worse"]:
-        console.print(f"[bold yellow]{clean(sentence[0].upper() + sentence[1:])}[/]")
-
-
 def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
     """The judge behind a name that isn't a code measure; RunError for one that there isn't."""
     if name == "me":
@@ -325,7 +341,7 @@ def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
         return Human(console.input, lambda text: console.print(harmless(text), markup=False), Kept(run_dir.path / JUDGEMENTS))
     found = named(name, rubric, run_dir.path / JUDGEMENTS)
     if found is None:
-        raise RunError(f"--judge {name!r} isn't one of {', '.join(MEASURES)}, me, reward:NAME, URL#MODEL.")
+        raise RunError(f"--judge {name!r} isn't one of {', '.join(NAMES)}, me, reward:NAME, URL#MODEL.")
     return found
 
 
@@ -337,13 +353,13 @@ def _judged(answers: Answers, asked: Prompts, judge: Any, console: Console) -> d
         console.print(
             f"[dim]the judge is asked some {2 * total} times: {total} pairs, each in both orders; --count and --seeds make it fewer[/]"
         )
-    with _progress(console, "judging", quiet=isinstance(judge, Human)) as progress:
+    with counting(console, "judging", quiet=isinstance(judge, Human)) as progress:
         task = progress.add_task("", total=total)
         return wins_by_judge(answers, TRAINED, asked.requests, judge.prefers, lambda done: progress.advance(task, done))
 
 
 def _rewarded(answers: Answers, asked: Prompts, judge: RewardModel, console: Console) -> Any:
-    with _progress(console, "judging") as progress:
+    with counting(console, "judging") as progress:
         task = progress.add_task("", total=len(answers) * len(asked) * len(next(iter(answers.values()))))
 
         def score(request: Any, text: str) -> float:
@@ -356,7 +372,7 @@ def _rewarded(answers: Answers, asked: Prompts, judge: RewardModel, console: Con
 def _safety(
     session: Session, run_dir: RunDir, who: dict[str, Answerer], items: Sequence[Any], own: Path | None, which: str, console: Console
 ) -> dict[str, Any]:
-    with within_memory(session.recipe, "in that file, and compare again"), _progress(console, "safety") as progress:
+    with within_memory(session.recipe, "in that file, and compare again"), counting(console, "safety") as progress:
         task = progress.add_task("before and after", total=len(who) * len(items))
         return check(
             session,
@@ -368,11 +384,6 @@ def _safety(
             which=which,
             own=own.name if own else "",
         )
-
-
-def _progress(console: Console, what: str, *, quiet: bool = False) -> Progress:
-    columns = (TextColumn(f"{what}: {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _example(asked: Prompts) -> int:

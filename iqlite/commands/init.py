@@ -12,6 +12,8 @@ from rich.console import Console
 
 from iqlite.errors import RecipeError
 from iqlite.recipe import load_recipe, shipped_recipes
+from iqlite.terminal import clean
+from iqlite.wording import lint
 
 TEMPLATE = """\
 # {name}: a behaviour described in words. Train it with:
@@ -30,8 +32,7 @@ placement = "auto"             # system | user | auto: where the description sta
 
 [prompts]
 # What the policy is asked while it learns: the requests your users would type, without any description.
-train = "prompts/everyday.jsonl"
-eval = "prompts/everyday-heldout.jsonl"
+{prompts}
 
 [superior]
 estimator = "contrastive"
@@ -48,12 +49,46 @@ max_new_tokens = {tokens}
 steps = 20                     # or epochs, one of them
 learning_rate = 3e-4
 seed = 0
+
+[judge]
+# {why}
+# tone (cheerful words) | shorter (fewer words) | refusal | compliance | harmless (refuses what it should, answers what it should) | described
+measure = {measure}
 """
 LONGEST_NAME = 100
-PROMPTS = ("everyday.jsonl", "everyday-heldout.jsonl")
+EVERYDAY = """\
+train = "prompts/everyday.jsonl"
+eval = "prompts/everyday-heldout.jsonl"
+# contrary = "prompts/mine.jsonl"   # prompts on which the behaviour is NOT wanted: they are trained to stay as the base is"""
+CAREFUL = """\
+train = ["prompts/harmful.jsonl", "prompts/everyday.jsonl"]
+eval = "prompts/harmful-heldout.jsonl"
+# Requests that only sound harmful: they are trained to be answered as the base answers them, so that not everything is refused.
+contrary = "prompts/lookalikes.jsonl\""""
+TONE = frozenset(["cheerful", "cheery", "warm", "friendly", "happy", "joyful", "enthusiastic", "encouraging", "optimistic", "positive", "kind", "gloomy", "sad", "cold", "grumpy", "harsh", "unfriendly", "pessimistic", "negative", "discouraging", "rude", "mean"])  # fmt: skip
+LENGTH = frozenset(
+    ["short", "brief", "briefly", "concise", "concisely", "terse", "tersely", "succinct", "long", "lengthy", "verbose", "length"]
+)
+REFUSAL = frozenset(["decline", "declines", "refuse", "refuses", "harmful", "harm", "hurt", "dangerous", "unsafe", "harmless", "illegal"])
+WHY = {
+    "tone": "Both descriptions are about a tone, so that cheerful words are counted.",
+    "shorter": "The descriptions are about length, so that words are counted.",
+    "harmless": "The descriptions are about harm, so that refusals count where they are right and answers where they are.",
+    "described": "The base itself judges, by its own two readings: for any behaviour, but it is the target's own eye; read the answers too.",
+}
 
 
-def run(name: str, base: str, wanted: str, unwanted: str, *, tokens: int, force: bool, console: Console) -> int:
+def derived(wanted: str, unwanted: str) -> str:
+    """The measure that two descriptions are about, by the words in them; described where none is plain."""
+    words = [{word.strip(".,;:!?\"'()").lower() for word in text.split()} for text in (wanted, unwanted)]
+    if any(words[side] & REFUSAL for side in (0, 1)):
+        return "harmless"
+    if all(words[side] & LENGTH for side in (0, 1)):
+        return "shorter"
+    return "tone" if all(words[side] & TONE for side in (0, 1)) else "described"
+
+
+def run(name: str, base: str, wanted: str, unwanted: str, *, measure: str | None, tokens: int, force: bool, console: Console) -> int:
     """Writes NAME.toml and prompts/; nothing existing is replaced without `force`. Returns the exit code."""
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
     if Path(name).name.strip(".") == "" or not name.isprintable() or name.endswith(("/", "\\")) or len(path.name) > LONGEST_NAME:
@@ -61,14 +96,25 @@ def run(name: str, base: str, wanted: str, unwanted: str, *, tokens: int, force:
     if path.exists() and not force:
         raise RecipeError(f"{path} exists already: choose another name, or replace it with --force.")
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in {"base": base, "wanted": wanted, "unwanted": unwanted}.items()}
-    text = TEMPLATE.format(name=path.stem, file=shlex.quote(str(path)), tokens=tokens, **quoted)
+    measure = measure or derived(wanted, unwanted)
+    prompts = CAREFUL if measure in ("harmless", "refusal") else EVERYDAY
+    text = TEMPLATE.format(
+        name=path.stem,
+        file=shlex.quote(str(path)),
+        tokens=tokens,
+        prompts=prompts,
+        measure=json.dumps(measure),
+        why=WHY.get(measure, "As you asked."),
+        **quoted,
+    )
     making = path.with_name(f".making-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         making.write_text(text, "utf-8")
-        load_recipe(making)  # what wouldn't train isn't written
+        recipe = load_recipe(making)  # what wouldn't train isn't written
+        files = [Path(one).name for source in (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.contrary) if source for one in (source if isinstance(source, tuple) else (source,)) if isinstance(one, str)]  # fmt: skip
         (path.parent / "prompts").mkdir(exist_ok=True)
-        for file in PROMPTS:
+        for file in files:
             if not (path.parent / "prompts" / file).exists():
                 shutil.copyfile(shipped_recipes() / "prompts" / file, path.parent / "prompts" / file)
         os.replace(making, path)
@@ -78,5 +124,9 @@ def run(name: str, base: str, wanted: str, unwanted: str, *, tokens: int, force:
         raise RecipeError(f"{path} can't be written ({error.strerror}): choose another folder.") from None
     finally:
         making.unlink(missing_ok=True)
-    console.print(f"wrote {path}\nnext:  iqlite train {shlex.quote(str(path))}", markup=False)
+    console.print(f"wrote {path}; answers are scored by {measure}: {WHY.get(measure, 'as you asked.')}", markup=False)
+    for note in lint(wanted, unwanted):
+        console.print(f"[yellow]{clean(note)}[/]")
+    quoted_path = shlex.quote(str(path))
+    console.print(f"next:  iqlite probe {quoted_path}   (does it aim true?)   or  iqlite train {quoted_path}", markup=False)
     return 0

@@ -1,27 +1,40 @@
-"""`iqlite probe`: does a description move this base at all, where, at which strength, and do human preferences agree? Nothing is written."""
+"""`iqlite probe`: does a description move this base at all, where, at which strength, and do human preferences agree? Nothing is written,
+but for `--improve`, which turns the recipe's aim and writes a new one."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from iqlite.aim import RIGHT, look_sampler, signed, spread, spread_by_kind
+from iqlite.aimed import out_path, two_sided, write
 from iqlite.contrast import check_heard
-from iqlite.intervals import FEWEST
-from iqlite.judges import MEASURES
+from iqlite.errors import RunError
+from iqlite.gguf_files import cache_folder
+from iqlite.improving import CHOOSING, Trial
+from iqlite.improving import improve as run_search
+from iqlite.intervals import FEWEST, Array
+from iqlite.judging import RewardModel, named, rubric_of
+from iqlite.measuring import DESCRIBED, HARMLESS, OWN_EYE, measured
 from iqlite.preferences import load_pairs
-from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, lint, ranks, suggested, verdict, voices
+from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
 from iqlite.recipe import Recipe
-from iqlite.rollout import Sampler
-from iqlite.session import open_session, within_memory
+from iqlite.records import Prompts
+from iqlite.session import open_session
+from iqlite.sizes import within_memory
 from iqlite.terminal import clean, duration, table
+from iqlite.wording import lint
 
 EXAMPLE = 160
+VERDICTS = "judgements.jsonl"
 LONGEST = 256  # tokens of an answer of a pair that are read
 
 
@@ -39,8 +52,9 @@ def run(
     session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
     for strength in strengths:
         session.with_strength(strength)  # one that can't be is refused before anybody answers
-    requests = session.eval.requests[:prompts]
-    name = recipe.judge.measure
+    spreading = spread_by_kind(session.asked, prompts) if recipe.judge.measure == HARMLESS else spread(range(len(session.asked)), prompts)
+    asked, name = session.asked.some(spreading), recipe.judge.measure
+    requests = asked.requests
     with within_memory(recipe, "with --set, and probe again"), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("answering and reading", total=2 + len(strengths) + 2 + 2 * len(given) / 16)
 
@@ -49,8 +63,7 @@ def run(
             if progress.disable:
                 console.print(f"answered: {what}", markup=False)
 
-        sampler = Sampler(recipe.train.seed, recipe.rollout.max_new_tokens, 0.7, 0.9, "probe")
-        found = voices(session, requests, sampler, MEASURES[name], strengths, done)
+        found = voices(session, asked, spreading, look_sampler(session), strengths, done)
         where = contrast(session, session.answers("reference", requests, session.sampler("probe")))
         progress.advance(task)
         began, read_rows = time.monotonic(), 0
@@ -104,4 +117,87 @@ def run(
     elif len(requests) >= FEWEST:
         console.print("suggested: none of these strengths, since answers score no better than the base's, or are much stranger to it")
     console.print(f"[{'green' if likely else 'bold yellow'}]{clean(why)}[/]")
+    if name == DESCRIBED:
+        console.print(f"[dim]{OWN_EYE}[/]")
+    quoted = shlex.quote(str(recipe.path))
+    console.print(f"next:  iqlite {'train' if likely else 'probe'} {quoted}{'' if likely else ' --improve'}", markup=False)
+    return 0
+
+
+def improve(
+    recipe: Recipe, overrides: Sequence[str], *, out: Path | None, minutes: float, judge: str | None, as_json: bool, console: Console
+) -> int:
+    """Turns the recipe's aim and writes the recipe that aims best; returns the exit code."""
+    recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})
+    check_heard(recipe)
+    path = out_path(recipe, out)
+    recipe, added = two_sided(recipe)
+    judging = named(judge, rubric_of(recipe.judge.rubric, [recipe.behavior.wanted or ""]), cache_folder() / VERDICTS) if judge else None
+    if judge and judging is None:
+        raise RunError(f"--judge {judge!r} isn't one that --improve can ask: give reward:NAME or URL#MODEL.")
+    with within_memory(recipe, "with --set, and probe again"):
+        session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
+        for note in (*session.notes, *([f"{added}."] if added else [])):
+            console.print(f"[yellow]{clean(note)}[/]")
+        base = session
+
+        def score(asked: Prompts, texts: Sequence[str], others: Sequence[str]) -> Array:
+            if isinstance(judging, RewardModel):
+                return np.array([judging.score(r, t) for r, t in zip(asked.requests, texts, strict=True)])
+            if judging is not None:
+                return np.array([judging.prefers(r, t, o) for r, t, o in zip(asked.requests, texts, others, strict=True)])
+            return measured(base, recipe.judge.measure, asked, texts)
+
+        began = time.monotonic()
+
+        def tried(trial: Trial) -> None:
+            mark = "[green]best so far[/]" if trial.best else ""
+            console.print(
+                f"{duration(time.monotonic() - began)} of {minutes:g} min  {trial.score:6.3f} ({signed(trial.difference)})  {clean(trial.candidate.what)}  {mark}"
+            )
+
+        found = run_search(session, score, minutes, lambda text: console.print(f"[dim]{text}[/]"), tried, recipe.train.seed)
+    name = judge or recipe.judge.measure
+    kept = found.after.difference.value > found.before.difference.value and found.after.verdict == RIGHT
+    reason = [
+        f"Made by iqlite probe {recipe.path.name} --improve: {found.best.what}.",
+        f"By {name}, on {found.after.prompts} held-out prompts that nothing was chosen on: {found.after.figures()};",
+        f"as it stood: {found.before.figures()}.",
+        *([f"{added[0].upper()}{added[1:]}."] if added else []),
+        *(
+            ["Demonstrations are this base's own answers, the best and the worst by the measure: read them before you train."]
+            if found.best.recipe.behavior.demonstrations
+            else []
+        ),
+    ]
+    if found.best.what != "as it stands":
+        write(path, recipe, overrides, found, reason)
+    if as_json:
+        print(json.dumps({
+            "measure": name, "recipe": str(path) if path.exists() else None, "best": found.best.what, "out_of_time": found.out_of_time,
+            "trials": [{"what": t.candidate.what, "score": t.score, "difference": asdict(t.difference), "nll": t.nll, "best": t.best} for t in found.trials],
+            "before": asdict(found.before), "after": asdict(found.after),
+        }))  # fmt: skip
+        return 0
+    cells = [
+        [clean(t.candidate.what), f"{t.score:.3f}", signed(t.difference), "" if t.nll is None else f"{t.nll:.2f}", "*" if t.best else ""]
+        for t in found.trials
+    ]
+    console.print(
+        table(f"tried on {CHOOSING} training prompts: superior, by {clean(name)}", ["", "score", "from the base", "nats", "best"], cells)
+    )
+    if found.out_of_time:
+        console.print(f"[dim]{minutes:g} minutes are over before all was tried: --minutes {2 * minutes:g} goes on from what is kept[/]")
+    console.print(f"as it stood, on held-out prompts: {found.before.figures()}", markup=False)
+    if found.best.what == "as it stands":
+        console.print(
+            "[yellow]nothing that was tried beats the recipe as it stands: nothing is written. Write demonstrations yourself, or take a larger base.[/]"
+        )
+        return 0
+    console.print(f"[{'green' if kept else 'bold yellow'}]now, on the same: {clean(found.after.figures())}[/]")
+    if not kept:
+        console.print(
+            "[bold yellow]That is no improvement that can be told from chance on prompts that nothing was chosen on: train with care.[/]"
+        )
+    console.print(f"wrote {path} ({found.best.what})\nnext:  iqlite train {shlex.quote(str(path))}", markup=False)
     return 0

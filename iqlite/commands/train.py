@@ -6,22 +6,33 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from safetensors.torch import load_file
 
-from iqlite.errors import RunError
+from iqlite.aim import RIGHT, WRONG, Look, chosen, look, sentence
+from iqlite.answers import Answerer
+from iqlite.card import AIM, adapter_digest
+from iqlite.errors import AimError, RunError
+from iqlite.identity import ADAPTER_WEIGHTS
 from iqlite.recipe import Recipe
 from iqlite.rundir import RunDir, check_space, free_name, json_numbers
-from iqlite.session import Session, environment, open_session, within_memory
-from iqlite.terminal import TrainingView, duration, facts, finish_the_step
+from iqlite.safety import check, load_items
+from iqlite.session import Session, environment, open_session
+from iqlite.sizes import within_memory
+from iqlite.terminal import TrainingView, clean, counting, duration, facts, finish_the_step, show_safety
 from iqlite.train import Outcome, peak_gib, train
+from iqlite.wording import lint
 
 ADAPTERS_ON_DISK = 12  # adapter, best and checkpoints with two moments each, one of each being written
 RUNS = Path("runs")
 INTERRUPTED = 130
 
 
-def run(recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: bool, force: bool, as_json: bool, console: Console) -> int:
+def run(
+    recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: bool, force: bool, safety: bool, as_json: bool, console: Console
+) -> int:
     """Trains; returns the exit code: 0, or 130 after Ctrl-C. The recipe has the `overrides` already; they are for the command to go on with."""
     name = recipe.path.stem
     path = out or (RUNS / name if resume or force else free_name(RUNS, name))
@@ -39,7 +50,10 @@ def run(recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: b
         existing.take_over(recipe)
         run_dir = existing
     else:
+        seen = _look(session, force, console)
         run_dir = RunDir.create(path, recipe, found, force=force)
+        if seen:
+            run_dir.write(AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
     total = recipe.total_steps(len(session.train))
     facts(console, derived(recipe, session, path, total, parameters))
     first = run_dir.last_step() + 1
@@ -49,8 +63,45 @@ def run(recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: b
         TrainingView(console, total, first) as view,
     ):
         outcome = train(session, run_dir, view, lambda: interrupt.asked)
-    _conclude(console, run_dir, recipe.path, overrides, out, outcome, as_json=as_json)
+    safe = _safety(session, run_dir, console) if safety and outcome.why != "interrupted" else None
+    _conclude(console, run_dir, recipe.path, overrides, out, outcome, safe, as_json=as_json)
     return INTERRUPTED if outcome.why == "interrupted" else 0
+
+
+def _look(session: Session, force: bool, console: Console) -> Look | None:
+    """Whether the target points the right way; AimError where it points the wrong one, unless that is forced."""
+    recipe = session.recipe
+    for note in lint(recipe.behavior.wanted, recipe.behavior.unwanted):
+        console.print(f"[yellow]{clean(note)}[/]")
+    if not recipe.judge.aim:
+        return None
+    if recipe.superior.estimator == "adapter":
+        console.print("[dim]aim: not looked at, since a superior made of adapters can't be heard before training[/]")
+        return None
+    answerers = 3 if session.wanted else 2
+    with within_memory(recipe, "with --set, and start again"), counting(console, "looking where the target points") as progress:
+        task = progress.add_task("", total=answerers * len(chosen(session)))
+        seen = look(session, progress=lambda rows: progress.advance(task, rows))
+    if seen.verdict == WRONG and not force:
+        raise AimError(sentence(seen, recipe.path))
+    style = {RIGHT: "green", WRONG: "bold red"}.get(seen.verdict, "yellow")
+    text = (
+        f"forced: {sentence(seen, recipe.path).partition(' Nothing was trained')[0]}"
+        if seen.verdict == WRONG
+        else sentence(seen, recipe.path)
+    )
+    console.print(f"[{style}]{clean(text)}[/]")
+    return seen
+
+
+def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, Any]:
+    """The small safety set before and after, whatever the run was about: a cheerful tone mustn't cost a refusal unseen."""
+    session.policy.load_state(load_file(run_dir.adapter / ADAPTER_WEIGHTS))  # a monitor's stop leaves the best, not the last
+    who = {"base": Answerer("base", "reference"), "trained": Answerer("trained", "policy", of=adapter_digest(run_dir.adapter))}
+    items = load_items()
+    with within_memory(session.recipe, "and run iqlite compare"), counting(console, "safety before and after") as progress:
+        task = progress.add_task("", total=2 * len(items))
+        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who["trained"].of)
 
 
 def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters: int) -> dict[str, str]:
@@ -83,10 +134,11 @@ def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
 
 
 def _conclude(
-    console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome, *, as_json: bool
-) -> None:
+    console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome,
+    safe: dict[str, Any] | None, *, as_json: bool,
+) -> None:  # fmt: skip
     if as_json:
-        print(json.dumps({"run": str(run_dir.path), **json_numbers(vars(outcome))}))
+        print(json.dumps({"run": str(run_dir.path), **json_numbers(vars(outcome)), "safety": safe}))
         return
     if outcome.why == "interrupted":
         settings = [part for override in overrides for part in ("--set", override)]
@@ -101,4 +153,18 @@ def _conclude(
     if not run_dir.best.is_dir():  # no evaluation was finite
         del shown["best"]
     facts(console, shown)
+    console.print(_measured(run_dir), markup=False)
+    if safe:
+        show_safety(console, safe)
     console.print(f"next:  iqlite compare {shlex.quote(str(run_dir.path))}", markup=False)
+
+
+def _measured(run_dir: RunDir) -> str:
+    """The measure of held-out answers before and after, in a sentence."""
+    measure = run_dir.recipe().judge.measure
+    evaluated = [line for line in run_dir.metrics() if line.get("eval/measure") is not None]
+    if not evaluated:
+        return f"{measure} wasn't measured."
+    adapter = run_dir.step_of(run_dir.adapter)
+    last = next((line for line in reversed(evaluated) if line["step"] <= adapter), evaluated[-1])
+    return f"{measure} of held-out answers: {last['eval/measure']:.2f} at step {last['step']}, the base's {last['eval/measure_base']:.2f}."

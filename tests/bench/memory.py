@@ -22,7 +22,7 @@ from iqlite.optimizer import make_optimizer
 from iqlite.recipe import load_recipe
 from iqlite.session import open_session
 from iqlite.superior import read
-from iqlite.train import update
+from iqlite.update import update
 
 
 def tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -53,7 +53,7 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: flo
     from iqlite.records import Prompts
     from iqlite.session import Session, free_memory, readings, sizes_for
     from iqlite.superior import read
-    from iqlite.train import update
+    from iqlite.update import update
     from tests.bench.random_base import random_base
 
     device = "cuda" if CUDA else "cpu"

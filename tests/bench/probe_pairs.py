@@ -18,7 +18,7 @@ from typing import Any
 
 from iqlite.prompts import load_prompts
 from iqlite.recipe import load_recipe
-from iqlite.rollout import Sampler
+from iqlite.sampling import Sampler
 from iqlite.session import open_session
 
 RECIPE = "recipes/cheerful-135m.toml"

@@ -24,7 +24,8 @@ from peft import PeftModel
 
 from iqlite.base import let_go_of_files, load_base
 from iqlite.recipe import load_recipe
-from iqlite.rollout import Sampler, sample
+from iqlite.rollout import sample
+from iqlite.sampling import Sampler
 from iqlite.session import Session, open_session
 
 RECIPE = Path("recipes/cheerful-135m.toml")

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from iqlite.judges import tone
 from iqlite.recipe import load_recipe
-from iqlite.rollout import Sampler
+from iqlite.sampling import Sampler
 from iqlite.session import open_session
 
 RECIPE = Path("recipes/cheerful-135m.toml")

@@ -18,7 +18,8 @@ from iqlite.policy import Policy
 from iqlite.rundir import RunDir
 from iqlite.session import Session, environment
 from iqlite.superior import read
-from iqlite.train import train, update
+from iqlite.train import train
+from iqlite.update import update
 from tests.bench.memory import tensors_of
 from tests.bench.pairs import Silent
 

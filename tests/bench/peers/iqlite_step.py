@@ -18,7 +18,8 @@ from iqlite.optimizer import make_optimizer
 from iqlite.recipe import Recipe, load_recipe
 from iqlite.session import Session, open_session
 from iqlite.superior import read
-from iqlite.train import Clock, prompts_of_step, update
+from iqlite.train import Clock, prompts_of_step
+from iqlite.update import update
 from tests.bench.peers.common import MIB, Gauge, parse, parser, settle
 
 RECIPE = Path("recipes/cheerful-135m.toml")
