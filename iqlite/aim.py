@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,17 @@ class Look:
         return {**asdict(self), "forced": forced}
 
 
-def look(session: Session, run: Path | None = None, progress: Callable[[int], None] = lambda _: None) -> Look:
-    """Answers, or takes from what is kept, and measures. `progress` is told of answers, of `3 × chosen(session)` in all."""
+def look(session: Session, progress: Callable[[int], None] = lambda _: None, seed: int = 0) -> Look:
+    """Answers, or takes from what is kept, and measures. `progress` is told of answers, as many of base, told and superior as `chosen(session)`."""
     began = time.perf_counter()
     numbers = chosen(session)
     asked = session.asked.some(numbers)
     who = [Answerer("base", "reference")]
     who += [Answerer(f"told ({session.placement} turn)", "reference", session.wanted)] if session.wanted else []
     who.append(Answerer("superior", "superior"))
-    sampler = look_sampler(session)
+    sampler = replace(look_sampler(session), seed=seed)
     answers = {
-        one.name.split(" ")[0]: collect(session, run, one, asked.requests, [sampler], progress, index=numbers, strangeness=False)[0]
+        one.name.split(" ")[0]: collect(session, None, one, asked.requests, [sampler], progress, index=numbers, strangeness=False)[0]
         for one in who
     }
     return judged(session, asked, answers, time.perf_counter() - began)

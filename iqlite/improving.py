@@ -236,10 +236,12 @@ class _Search:
 
 
 def with_demonstrations(best: Candidate, found: Sequence[Demonstration]) -> Iterator[Candidate]:
-    """The clearest pair, the two clearest, and these with a look-alike that both sides answer alike."""
+    """The two clearest pairs, with look-alikes that both sides answer alike and without; three; one."""
     pairs, alike = [d for d in found if d.wanted != d.unwanted], [d for d in found if d.wanted == d.unwanted]
-    for shown in (pairs[:2] + alike[:1], pairs[:2], pairs[:3] + alike[:1], pairs[:1] + alike[:1]):
-        if shown and any(d in pairs for d in shown):
+    tried: list[Sequence[Demonstration]] = []
+    for shown in (pairs[:2] + alike[:1], pairs[:2] + alike[:2], pairs[:2], pairs[:3] + alike[:1], pairs[:1] + alike[:1]):
+        if any(d in pairs for d in shown) and shown not in tried:
+            tried.append(shown)
             yield showing(best, shown)
 
 

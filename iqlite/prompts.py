@@ -274,9 +274,7 @@ def _load_one(source: str | HubPrompts, beside: Path, key: str) -> Prompts:
     if not requests:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise PromptsError(f'{key} = {name} holds no usable prompt{why}: give it rows like {{"prompt": "How do I boil an egg?"}}.')
-    return Prompts(
-        tuple(requests.values()), tuple(notes), tuple(labels) if any(labels) else (), tuple(expected) if any(expected) else ()
-    )
+    return Prompts(tuple(requests.values()), tuple(notes), tuple(labels) if any(labels) else (), tuple(expected) if any(expected) else ())
 
 
 def _label(row: Any, column: str | None) -> str:

@@ -151,7 +151,8 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     if measure == HARMLESS and "contrary" in answers:  # both kinds of right answer
         asked, texts = asked + answers["contrary"][0], texts + answers["contrary"][1]
     score_P = measured(session, measure, asked, texts)
-    if monitors.base_measure != measure:  # the base's own answers from the same noise: the untouched policy's, where there is nothing in it yet
+    if monitors.base_measure != measure:  # the base's own answers, from the same noise
+        # An untouched policy is the base.
         untouched = step == 0 and session.recipe.adapter.start is None
         base = texts if untouched else _texts_of_base(session, measure == HARMLESS and "contrary" in answers)
         monitors.base_scores, monitors.base_measure = measured(session, measure, asked, base).tolist(), measure

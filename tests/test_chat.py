@@ -18,8 +18,8 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from iqlite.commands import chat as verb
-from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
+from iqlite.sampling import Sampler
 from iqlite.session import readings
 from iqlite.speaking import Speaker
 

@@ -18,8 +18,8 @@ from iqlite.contrast import superior_answers
 from iqlite.peers import _given
 from iqlite.preferences import load_pairs
 from iqlite.records import StepMetrics
-from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
+from iqlite.sampling import Sampler
 from iqlite.session import Session, open_session
 from iqlite.speaking import Speaker
 
@@ -59,7 +59,7 @@ def test_strangeness_is_the_models_own_cross_entropy(make_session: Callable[...,
 def test_what_was_answered_is_not_asked_again_and_a_cut_line_is(make_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     session = open_session(run.recipe(), start=run.adapter, placement="system")
-    who, samplers = Answerer("base", "reference"), [Sampler(seed, 6, 1.0, 1.0, "compare") for seed in (0, 1)]
+    who, samplers = Answerer("trained", "policy", of="its digest"), [Sampler(seed, 6, 1.0, 1.0, "compare") for seed in (0, 1)]
     asked: list[int] = []
     answers = Session.answers
 
@@ -68,25 +68,25 @@ def test_what_was_answered_is_not_asked_again_and_a_cut_line_is(make_run: Callab
         return answers(self, *arguments, **named)
 
     monkeypatch.setattr(Session, "answers", counted)
-    first = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
+    first = collect(session, run.path, who, session.eval.requests, samplers, lambda rows: None)
     assert len(asked) == 2 and len(first) == 2 and len(first[0]) == len(session.eval)
-    assert collect(session, run, who, session.eval.requests, samplers, lambda rows: None) == first and len(asked) == 2
+    assert collect(session, run.path, who, session.eval.requests, samplers, lambda rows: None) == first and len(asked) == 2
     (file,) = (run.path / "answers").iterdir()
     lines = file.read_text("utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[:-1]) + lines[-1][:20], "utf-8")
-    again = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
+    again = collect(session, run.path, who, session.eval.requests, samplers, lambda rows: None)
     assert len(asked) == 3 and [[a.answer for a in seed] for seed in again] == [[a.answer for a in seed] for seed in first]
     assert again[0] == first[0] and again[1][:-1] == first[1][:-1]  # the one that was cut, and no other
     file.unlink()
     monkeypatch.setattr("iqlite.answers.TOGETHER", 3)  # kept part by part, from the same noise
-    parts = collect(session, run, who, session.eval.requests, samplers, lambda rows: None)
+    parts = collect(session, run.path, who, session.eval.requests, samplers, lambda rows: None)
     assert len(asked) == 3 + 2 * math.ceil(len(session.eval) / 3)
     assert [[a.answer for a in seed] for seed in parts] == [[a.answer for a in seed] for seed in first]
     asked.clear()
     monkeypatch.undo()
     monkeypatch.setattr(Session, "answers", counted)
     hotter = [Sampler(0, 6, 2.0, 1.0, "compare")]
-    assert collect(session, run, who, session.eval.requests, hotter, lambda rows: None) != first[:1] and len(asked) == 1
+    assert collect(session, run.path, who, session.eval.requests, hotter, lambda rows: None) != first[:1] and len(asked) == 1
 
 
 def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from iqlite.gguf_files import EMBEDDED, embedded
 from iqlite.policy import Policy
-from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
+from iqlite.sampling import Sampler
 from iqlite.session import environment, open_session
 from tests import llama_cpp
 

@@ -17,8 +17,8 @@ from iqlite.intervals import Estimate, wilson
 from iqlite.preferences import Pair
 from iqlite.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
 from iqlite.recipe import Recipe, to_data
-from iqlite.rollout import Sampler
 from iqlite.rundir import RunDir
+from iqlite.sampling import Sampler
 from iqlite.session import Session
 from iqlite.wording import lint
 from tests.oracle import superior

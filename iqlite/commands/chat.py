@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from iqlite.card import AIM
 from iqlite.errors import IqliteError, RecipeError, RunError
 from iqlite.gguf_files import EMBEDDED, cache_folder
 from iqlite.recipe import Recipe, load_recipe
@@ -54,11 +56,24 @@ def run(
         speaker = speaker.with_strength(strength)
     if voice is not None and voice not in speaker.voices:
         raise RunError(f"{name} has no {voice} to talk to, only {' and '.join(speaker.voices)}: {_WHY_NOT[voice]}")
+    if voice == "superior":
+        say(_aim(target, name))
     start = voice or ("policy" if speaker.adapted else "base")
     talk = Conversation(speaker, console, start, temperature, tokens, seed, _system(system))
     if question is not None:
         return talk.once(question, as_json=as_json)
     return talk.loop(name)
+
+
+def _aim(target: str | None, name: str) -> str:
+    """What is known of where the superior policy points: of a run, what was seen before it was trained."""
+    file = Path(target or name) / AIM
+    if not file.is_file():
+        return f"this is what training would aim at; whether it is better by the recipe's measure, iqlite probe {shlex.quote(name)} tells"
+    aim = json.loads(file.read_text("utf-8"))
+    said = {"right": "points the right way", "wrong": "points the wrong way", "none": "had no effect beyond chance"}[aim["verdict"]]
+    means = ", ".join(f"{who} {score:.2f}" for who, score in aim["scores"].items())
+    return f"this is what training aimed at; by {aim['measure']} it {said} ({means})"
 
 
 _WHY_NOT = {"policy": "give a run, or --adapter DIR.", "superior": "give a recipe or a run.", "base": ""}

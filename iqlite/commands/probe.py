@@ -137,7 +137,7 @@ def improve(
         raise RunError(f"--judge {judge!r} isn't one that --improve can ask: give reward:NAME or URL#MODEL.")
     with within_memory(recipe, "with --set, and probe again"):
         session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
-        for note in (*session.notes, *([f"{added}."] if added else [])):
+        for note in (*session.notes, *([f"added: {added}."] if added else [])):
             console.print(f"[yellow]{clean(note)}[/]")
         base = session
 
@@ -163,7 +163,7 @@ def improve(
         f"Made by iqlite probe {recipe.path.name} --improve: {found.best.what}.",
         f"By {name}, on {found.after.prompts} held-out prompts that nothing was chosen on: {found.after.figures()};",
         f"as it stood: {found.before.figures()}.",
-        *([f"{added[0].upper()}{added[1:]}."] if added else []),
+        *([f"Added: {added}."] if added else []),
         *(
             ["Demonstrations are this base's own answers, the best and the worst by the measure: read them before you train."]
             if found.best.recipe.behavior.demonstrations
