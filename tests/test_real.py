@@ -60,3 +60,13 @@ def test_a_real_model_learns_the_described_tone(tmp_path: Path) -> None:
         before = base(prompt["input_ids"]).logits[0, -1].log_softmax(-1)
         after = PeftModel.from_pretrained(base, str(run / "adapter"))(prompt["input_ids"]).logits[0, -1].log_softmax(-1)
     assert float((after.exp() * (after - before)).sum()) > 1e-3
+
+
+@pytest.mark.real
+def test_the_demo_with_its_descriptions_swapped_is_refused(tmp_path: Path) -> None:
+    """A target that points the wrong way on a real model: one sentence with the figures, exit code 2, and nothing written."""
+    swapped = ["behavior.wanted='You always answer in a cold, gloomy and discouraging tone.'", "behavior.unwanted='You always answer in a warm, cheerful and encouraging tone.'"]  # fmt: skip
+    arguments = ["train", RECIPE, "--out", tmp_path / "run", *(part for one in swapped for part in ("--set", one))]
+    done = subprocess.run([sys.executable, "-m", "iqlite", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 2 and "aims the wrong way: by tone, base 0." in done.stderr and "--improve" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists() and "step 1" not in done.stdout

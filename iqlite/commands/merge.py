@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,4 +97,5 @@ def run(
         console.print(f"[yellow]The merged model differs from what was trained by {kl:.3f} nats a token: merge with --base trained.[/]")
     for sentence in warnings(about):
         console.print(f"[yellow]{sentence}[/]")
+    console.print(f"next:  iqlite chat {shlex.quote(str(out))}", markup=False)
     return 0

@@ -115,7 +115,9 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
         "behaviour": session.wanted.text if session.wanted else f"adapter {superior.adapter}",
         "superior": f"{superior.estimator} ({settings}), read by the {superior.weights} weights",
         "objective": recipe.objective.name,
-        "prompts": f"{len(session.train)} to train on, {len(session.eval)} held out",
+        "prompts": f"{len(session.train)} to train on, {len(session.eval)} held out"
+        + (f"; {len(session.contrary)} contrary ones, {recipe.contrary_per_step} a step" if session.contrary else ""),
+        "judged by": recipe.judge.measure,
         "steps": f"{total} of {rollout.prompts_per_step} prompts × at most {rollout.max_new_tokens} tokens ({passes:.1f} passes over the prompts)",
         "memory": f"{peak_gib(session.policy.device):.1f} GiB in use once loaded",
         "run": str(path),
