@@ -265,7 +265,7 @@ def test_a_whole_run_through_the_command_line(
     assert code == 2 and "isn't a run directory" in err
     code, out, _ = iqlite("compare", "runs/recipe", "--seeds", "2")
     last = out.strip().splitlines()[-1]
-    assert code == 0 and [part.split("=")[0] for part in last.split()] == ["tone", "base", "told", "trained"]
+    assert code == 0 and [part.split("=")[0] for part in last.split()] == ["described", "base", "told", "trained"]
     code, out, _ = iqlite("compare", "runs/recipe", "--json", "--seeds", "3", "--count", "3")
     result = json.loads(out)
     assert result["prompts"] == 3 and [m["name"] for m in result["measures"]] == [
@@ -283,7 +283,7 @@ def test_init_writes_a_recipe_that_trains_unchanged(
     options = ["--base", tiny(), "--wanted", 'You say "yes" kindly, déjà vu\\.', "--unwanted", "You say no."]
     code, out, err = iqlite("init", "mine", *options, "--tokens", "4")
     assert code == 0, err
-    assert "next:  iqlite train mine.toml" in out
+    assert "scored by described" in out and "next:  iqlite probe mine.toml" in out
     assert files(tmp_path) == {"mine.toml", "prompts", "prompts/everyday.jsonl", "prompts/everyday-heldout.jsonl"}
     code, _, err = iqlite("init", "mine", *options)
     assert code == 2 and "exists already" in err
