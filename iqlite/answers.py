@@ -129,7 +129,10 @@ def digest_of(request: Messages) -> str:
 def _digest(session: Session, who: Answerer, sampler: Sampler) -> str:
     recipe = session.recipe
     told = asdict(who.description) if who.description else None
-    superior = [recipe.behavior.model_dump(), recipe.superior.model_dump(), session.placement] if who.role == "superior" else None
+    superior = None
+    if who.role == "superior":  # what it depends on, however the recipe spells it
+        behavior = recipe.behavior.model_dump(exclude={"placement"})
+        superior = [behavior, recipe.superior.estimator, recipe.superior.settings(), session.placement]
     of = session.policy.base
     base = [of.identity.weights, recipe.model.quantization, str(of.compute_dtype), session.chat.template]
     role = "adapter" if who.of else who.role  # whichever place it has on the command line
