@@ -23,7 +23,8 @@ from iqlite.records import Prompts
 from iqlite.sampling import Sampler
 from iqlite.session import Session
 
-FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; between them three times prompts_per_step, which costs at most two steps; ours
+FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts: the fewest first, more where these don't tell; ours
+A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
 SHORT = 32  # tokens of an answer: enough to tell a tone, a refusal, a length; ours
 STRICT = 5  # comparisons' worth of doubt before training is refused: a 99 % interval
 RIGHT, NONE, WRONG = "right", "none", "wrong"
@@ -65,16 +66,23 @@ def look(session: Session, progress: Callable[[int], None] = lambda _: None, see
     """Answers, or takes from what is kept, and measures. `progress` is told of answers, as many of base, told and superior as `chosen(session)`."""
     began = time.perf_counter()
     numbers = chosen(session)
-    asked = session.asked.some(numbers)
     who = [Answerer("base", "reference")]
     who += [Answerer(f"told ({session.placement} turn)", "reference", session.wanted)] if session.wanted else []
     who.append(Answerer("superior", "superior"))
     sampler = replace(look_sampler(session), seed=seed)
-    answers = {
-        one.name.split(" ")[0]: collect(session, None, one, asked.requests, [sampler], progress, index=numbers, strangeness=False)[0]
-        for one in who
-    }
-    return judged(session, asked, answers, time.perf_counter() - began)
+    first = spread(numbers, FEWEST_LOOKED)
+    for some, kept in ((first, 0), (numbers, len(first))):
+        asked = session.asked.some(some)
+        answers = {
+            one.name.split(" ")[0]: collect(
+                session, None, one, asked.requests, [sampler], _beyond(kept, progress), index=some, strangeness=False
+            )[0]
+            for one in who
+        }
+        found = judged(session, asked, answers, time.perf_counter() - began)
+        if found.verdict != NONE:
+            break
+    return found
 
 
 def judged(
@@ -114,7 +122,7 @@ def direction(difference_P: Array) -> str:
 def chosen(session: Session) -> list[int]:
     """Numbers of the held-out prompts that a look asks: evenly spread; for harmless as many of either kind as can be."""
     asked = session.asked
-    count = max(FEWEST_LOOKED, min(MOST_LOOKED, 3 * session.recipe.rollout.prompts_per_step))
+    count = max(FEWEST_LOOKED, min(MOST_LOOKED, int(A_STEP * session.recipe.rollout.prompts_per_step)))
     return spread_by_kind(asked, count) if session.recipe.judge.measure == HARMLESS else spread(range(len(asked)), count)
 
 
@@ -136,6 +144,18 @@ def spread(numbers: Sequence[int], count: int) -> list[int]:
 def look_sampler(session: Session) -> Sampler:
     """How a look's answers are drawn: as a comparison's first seed, but no longer than it takes to tell."""
     return Sampler(0, min(SHORT, session.recipe.rollout.max_new_tokens), 0.7, 0.9, "compare")
+
+
+def _beyond(kept: int, progress: Callable[[int], None]) -> Callable[[int], None]:
+    """Tells of rows beyond the first `kept`, which were told of before."""
+    seen = 0
+
+    def advance(rows: int) -> None:
+        nonlocal seen
+        progress(max(0, seen + rows - kept) - max(0, seen - kept))
+        seen += rows
+
+    return advance
 
 
 def signed(estimate: Estimate) -> str:
