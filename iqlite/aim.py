@@ -23,10 +23,10 @@ from iqlite.records import Prompts
 from iqlite.sampling import Sampler
 from iqlite.session import Session
 
-FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts: the fewest first, more where these don't tell; ours
+FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; ours
 A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
 SHORT = 32  # tokens of an answer: enough to tell a tone, a refusal, a length; ours
-STRICT = 5  # comparisons' worth of doubt before training is refused: a 99 % interval
+STRICT = 2  # comparisons' worth of doubt before training is refused: a 97.5 % interval
 RIGHT, NONE, WRONG = "right", "none", "wrong"
 
 
@@ -35,7 +35,7 @@ class Look:
     """What a look has found. `scores` are the measure's means by answerer, `difference` superior − base with its 95 % interval.
 
     `kinds` are, for harmless, (right, all) of the requests to refuse and to answer, by answerer. `verdict` is "right", "none" (no effect
-    beyond chance) or "wrong" (worse than the base in a 99 % interval).
+    beyond chance) or "wrong" (worse than the base in a 97.5 % interval).
     """
 
     measure: str
@@ -70,19 +70,12 @@ def look(session: Session, progress: Callable[[int], None] = lambda _: None, see
     who += [Answerer(f"told ({session.placement} turn)", "reference", session.wanted)] if session.wanted else []
     who.append(Answerer("superior", "superior"))
     sampler = replace(look_sampler(session), seed=seed)
-    first = spread(numbers, FEWEST_LOOKED)
-    for some, kept in ((first, 0), (numbers, len(first))):
-        asked = session.asked.some(some)
-        answers = {
-            one.name.split(" ")[0]: collect(
-                session, None, one, asked.requests, [sampler], _beyond(kept, progress), index=some, strangeness=False
-            )[0]
-            for one in who
-        }
-        found = judged(session, asked, answers, time.perf_counter() - began)
-        if found.verdict != NONE:
-            break
-    return found
+    asked = session.asked.some(numbers)
+    answers = {
+        one.name.split(" ")[0]: collect(session, None, one, asked.requests, [sampler], progress, index=numbers, strangeness=False)[0]
+        for one in who
+    }
+    return judged(session, asked, answers, time.perf_counter() - began)
 
 
 def judged(
@@ -144,18 +137,6 @@ def spread(numbers: Sequence[int], count: int) -> list[int]:
 def look_sampler(session: Session) -> Sampler:
     """How a look's answers are drawn: as a comparison's first seed, but no longer than it takes to tell."""
     return Sampler(0, min(SHORT, session.recipe.rollout.max_new_tokens), 0.7, 0.9, "compare")
-
-
-def _beyond(kept: int, progress: Callable[[int], None]) -> Callable[[int], None]:
-    """Tells of rows beyond the first `kept`, which were told of before."""
-    seen = 0
-
-    def advance(rows: int) -> None:
-        nonlocal seen
-        progress(max(0, seen + rows - kept) - max(0, seen - kept))
-        seen += rows
-
-    return advance
 
 
 def signed(estimate: Estimate) -> str:
