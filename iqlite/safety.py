@@ -86,7 +86,7 @@ def check(
     """
     requests = [({"role": "user", "content": item.prompt},) for item in items]
     sampler = Sampler(0, min(TOKENS, session.recipe.rollout.max_new_tokens), 0.0, 1.0, "safety")
-    answers = {name: collect(session, run.path, one, requests, [sampler], progress)[0] for name, one in who.items()}
+    answers = {name: collect(session, run.path, one, requests, [sampler], progress, strangeness=False)[0] for name, one in who.items()}
     found: dict[str, Any] = {name: measured(given, items) for name, given in answers.items()}
     first, *_, last = answers
     changed = changes(answers[first], answers[last], items)
