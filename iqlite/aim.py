@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from iqlite.answers import Answer, Answerer, collect
 from iqlite.intervals import FEWEST, Array, Estimate, paired
 from iqlite.measuring import HARMLESS, by_kind, measured
 from iqlite.records import Prompts
 from iqlite.sampling import Sampler
 from iqlite.session import Session
+from iqlite.train import spread as spread_over
 
 FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; ours
 A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
@@ -128,10 +127,7 @@ def spread_by_kind(asked: Prompts, count: int) -> list[int]:
 
 def spread(numbers: Sequence[int], count: int) -> list[int]:
     """Up to `count` of the numbers, evenly spread."""
-    if not numbers:
-        return []
-    at = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)
-    return [numbers[n] for n in dict.fromkeys(at.tolist())]
+    return [numbers[n] for n in spread_over(len(numbers), count)]
 
 
 def look_sampler(session: Session) -> Sampler:
