@@ -17,6 +17,7 @@ from typing import Any
 from iqlite.answers import Answer, Answerer, collect
 from iqlite.intervals import FEWEST, Array, Estimate, paired
 from iqlite.measuring import HARMLESS, by_kind, measured
+from iqlite.recipe import Recipe
 from iqlite.records import Prompts
 from iqlite.sampling import Sampler
 from iqlite.session import Session
@@ -24,8 +25,9 @@ from iqlite.train import spread as spread_over
 
 FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; ours
 A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
-SHORT = 32  # tokens of an answer: enough to tell a tone, a refusal, a length; ours
-STRICT = 2  # comparisons' worth of doubt before training is refused: a 97.5 % interval
+SHORT = 32  # tokens of an answer: enough to tell a tone or a refusal; ours
+LONG = {"shorter": 192}  # by measure: where more is needed; a cut answer can't be longer than another
+STRICT = 2  # comparisons' worth of doubt before a verdict is given: a 97.5 % interval
 RIGHT, NONE, WRONG = "right", "none", "wrong"
 
 
@@ -103,18 +105,18 @@ def judged(
 
 
 def direction(difference_P: Array) -> str:
-    """Of paired differences: "right" where their mean is above 0 beyond chance, "wrong" where it is below in a stricter interval."""
+    """Of paired differences: "right" where their mean is above 0 beyond chance, "wrong" where it is below, in a 97.5 % interval."""
     if len(difference_P) < FEWEST:
         return NONE
-    if paired(difference_P[:, None], comparisons=STRICT).high < 0:
-        return WRONG
-    return RIGHT if paired(difference_P[:, None]).low > 0 else NONE
+    interval = paired(difference_P[:, None], comparisons=STRICT)
+    return WRONG if interval.high < 0 else RIGHT if interval.low > 0 else NONE
 
 
 def chosen(session: Session) -> list[int]:
     """Numbers of the held-out prompts that a look asks: evenly spread; for harmless as many of either kind as can be."""
     asked = session.asked
-    count = max(FEWEST_LOOKED, min(MOST_LOOKED, int(A_STEP * session.recipe.rollout.prompts_per_step)))
+    count = A_STEP * session.recipe.rollout.prompts_per_step * SHORT / look_tokens(session.recipe)
+    count = max(FEWEST_LOOKED, min(MOST_LOOKED, int(count)))
     return spread_by_kind(asked, count) if session.recipe.judge.measure == HARMLESS else spread(range(len(asked)), count)
 
 
@@ -132,7 +134,12 @@ def spread(numbers: Sequence[int], count: int) -> list[int]:
 
 def look_sampler(session: Session) -> Sampler:
     """How a look's answers are drawn: as a comparison's first seed, but no longer than it takes to tell."""
-    return Sampler(0, min(SHORT, session.recipe.rollout.max_new_tokens), 0.7, 0.9, "compare")
+    return Sampler(0, look_tokens(session.recipe), 0.7, 0.9, "compare")
+
+
+def look_tokens(recipe: Recipe) -> int:
+    """Tokens of a look's answers at most: those that it takes to tell by the recipe's measure."""
+    return LONG.get(recipe.judge.measure) or min(SHORT, recipe.rollout.max_new_tokens)
 
 
 def signed(estimate: Estimate) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from iqlite.aim import SHORT, Look, judged, spread_by_kind
+from iqlite.aim import Look, judged, look_tokens, spread_by_kind
 from iqlite.aim import chosen as held_out_numbers
 from iqlite.answers import Answer, Answerer, collect
 from iqlite.intervals import Array, Estimate, paired
@@ -232,7 +232,8 @@ class _Search:
         return collect(session, None, who, asked.requests, [self._sampler(self.seed)], _nobody, strangeness=strangeness)[0]
 
     def _sampler(self, seed: int) -> Sampler:
-        return Sampler(seed, min(SHORT, self.session.recipe.rollout.max_new_tokens), 0.7, 0.9, "improve")
+        tokens = min(look_tokens(self.session.recipe), self.session.recipe.rollout.max_new_tokens)
+        return Sampler(seed, tokens, 0.7, 0.9, "improve")
 
 
 def with_demonstrations(best: Candidate, found: Sequence[Demonstration]) -> Iterator[Candidate]:
