@@ -68,7 +68,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a described behaviour into a LoRA adapter."""
-    from iqlite.recipe import load_recipe
+    from iqlite.recipe.schema import load_recipe
 
     read = load_recipe(recipe, set or [])  # a fault in it is said before torch is imported
 
@@ -114,7 +114,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare base, told base and trained models on the same prompts: figures, win rates and Elo with intervals."""
-    from iqlite.rundir import RunDir
+    from iqlite.run.rundir import RunDir
 
     opened = [RunDir.open(path) for path in runs]  # a fault in one is said before torch is imported
     _there(prompts=None if str(prompts) == "outside" else prompts, pairs=pairs, safety_set=safety_set)
@@ -199,7 +199,7 @@ def probe(
     json: Json = False,
 ) -> None:
     """Before training: does the description move this base, where, at which strength? --improve turns its aim."""
-    from iqlite.recipe import load_recipe
+    from iqlite.recipe.schema import load_recipe
 
     read = load_recipe(recipe, set or [])  # a fault in it is said before torch is imported
     _there(pairs=pairs)

@@ -112,3 +112,7 @@ class StepMetrics:
 
     step: int
     values: Mapping[str, float]
+
+
+HELD_OUT_KL = "eval/kl_policy_superior"
+"""The metric that says how far the policy is from its target on prompts that it wasn't trained on, nats a token."""

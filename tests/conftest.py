@@ -17,9 +17,9 @@ os.environ["IQLITE_CACHE"] = tempfile.mkdtemp(prefix="iqlite-")  # what a user, 
 import pytest
 
 from iqlite.cli import main
-from iqlite.recipe import Recipe, parse_recipe
-from iqlite.rundir import RunDir
-from iqlite.session import Session, environment, open_session
+from iqlite.recipe.schema import Recipe, parse_recipe
+from iqlite.run.rundir import RunDir
+from iqlite.training.session import Session, environment, open_session
 from tests.tiny import save_tiny, shake
 
 

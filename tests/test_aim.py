@@ -15,21 +15,21 @@ import pytest
 import tomli_w
 import torch
 
-from iqlite.aim import NONE, RIGHT, WRONG, direction, look, spread_by_kind
-from iqlite.answers import Answerer, collect
+from iqlite.aim.look import NONE, RIGHT, WRONG, direction, look, spread_by_kind
 from iqlite.commands.init import derived
 from iqlite.errors import PromptsError
-from iqlite.measuring import by_kind, harmless, log_odds
-from iqlite.monitors import HELD_OUT_KL, Monitors
-from iqlite.prompts import hold_back, load_prompts
-from iqlite.recipe import Recipe, to_data
-from iqlite.records import Prompts, Rollout
-from iqlite.rundir import RunDir
-from iqlite.sampling import Sampler
-from iqlite.session import Session
-from iqlite.superior import Reading, read
-from iqlite.train import prompts_and_contrary
-from iqlite.update import update
+from iqlite.evaluation.answers import Answerer, collect
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.prompts import hold_back, load_prompts
+from iqlite.recipe.schema import Recipe, to_data
+from iqlite.records import HELD_OUT_KL, Prompts, Rollout
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import prompts_and_contrary
+from iqlite.training.measuring import by_kind, harmless, log_odds
+from iqlite.training.monitors import Monitors
+from iqlite.training.readings import Reading, read
+from iqlite.training.session import Session
+from iqlite.training.update import update
 from tests.tiny import shake
 
 NO, YES = "I'm sorry, but I can't help with that.", "Sure: take the red one."

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from iqlite.architectures import SUPPORTED
-from iqlite.base import explain, load_base, locate
+from iqlite.base.architectures import SUPPORTED
+from iqlite.base.gguf_files import EMBEDDED, embedded
+from iqlite.base.identity import is_hub_id
+from iqlite.base.loading import explain, load_base, locate
 from iqlite.errors import BaseError
-from iqlite.gguf_files import EMBEDDED, cache_folder, embedded
-from iqlite.identity import is_hub_id
+from iqlite.places import cache_folder
 from tests.tiny import save_tiny
 
 

@@ -17,11 +17,11 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from iqlite.chat.speaker import Speaker
 from iqlite.commands import chat as verb
-from iqlite.rundir import RunDir
-from iqlite.sampling import Sampler
-from iqlite.session import readings
-from iqlite.speaking import Speaker
+from iqlite.model.sampling import Sampler
+from iqlite.run.rundir import RunDir
+from iqlite.training.session import readings
 
 TURNS = ({"role": "user", "content": "What is it good for?"},)
 

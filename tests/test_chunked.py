@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from iqlite.architectures import SUPPORTED
-from iqlite.chunked import Head, Scoring, chunked_loss, chunked_statistics
+from iqlite.base.architectures import SUPPORTED
 from iqlite.errors import BaseError
-from iqlite.estimators import ESTIMATORS
-from iqlite.objectives import OBJECTIVES
-from iqlite.optimizer import make_optimizer
-from iqlite.recipe import readings_of
+from iqlite.method.estimators import ESTIMATORS
+from iqlite.method.loss import Scoring, chunked_loss, chunked_statistics
+from iqlite.method.objectives import OBJECTIVES
+from iqlite.model.head import Head
+from iqlite.recipe.schema import readings_of
 from iqlite.records import Chunk
-from iqlite.session import Session
-from iqlite.superior import read
-from iqlite.update import update
+from iqlite.training.optimizer import make_optimizer
+from iqlite.training.readings import read
+from iqlite.training.session import Session
+from iqlite.training.update import update
 from tests.tiny import ARCHITECTURES, make_model
 
 N, D, V = 23, 16, 40

@@ -18,7 +18,7 @@ import tomli_w
 import torch
 from safetensors import SafetensorError
 
-from iqlite.policy import Policy
+from iqlite.model.policy import Policy
 from tests.tiny import make_tokenizer, save_tiny
 
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets"]
@@ -75,7 +75,7 @@ def pickled_base(folder: Path, recipe: Callable[..., Path], _: object) -> Path:
 
 
 def foreign_adapter(folder: Path, recipe: Callable[..., Path], _: object) -> Path:
-    from iqlite.base import load_base
+    from iqlite.base.loading import load_base
 
     save_tiny(folder / "other-base", seed=3)
     (folder / "theirs").mkdir()
@@ -111,7 +111,7 @@ def gguf_of_another_architecture(folder: Path, recipe: Callable[..., Path], _: o
 
 
 def adapter_on_the_head(folder: Path, recipe: Callable[..., Path], tiny: Callable[..., Path]) -> Path:
-    from iqlite.base import load_base
+    from iqlite.base.loading import load_base
 
     (folder / "headed").mkdir()
     Policy(load_base(str(tiny()), "none"), rank=2, alpha=4.0, seed=0).save_adapter(folder / "headed")

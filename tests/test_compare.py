@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from iqlite.answers import Answerer, base_nll, collect
-from iqlite.baselines import Value, gae, rewards
-from iqlite.contenders import baseline
-from iqlite.contrast import superior_answers
-from iqlite.peers import _given
-from iqlite.preferences import load_pairs
+from iqlite.baselines.ppo import Value, gae, rewards
+from iqlite.baselines.store import baseline
+from iqlite.baselines.trl_trainers import _given
+from iqlite.chat.speaker import Speaker
+from iqlite.chat.superior import superior_answers
+from iqlite.evaluation.answers import Answerer, base_nll, collect
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.pairs import load_pairs
 from iqlite.records import StepMetrics
-from iqlite.rundir import RunDir
-from iqlite.sampling import Sampler
-from iqlite.session import Session, open_session
-from iqlite.speaking import Speaker
+from iqlite.run.rundir import RunDir
+from iqlite.training.session import Session, open_session
 
 SHARP = {"strength": 2.0, "clip": 4.0, "plausibility": 1e-3}
 
@@ -78,7 +78,7 @@ def test_what_was_answered_is_not_asked_again_and_a_cut_line_is(make_run: Callab
     assert len(asked) == 3 and [[a.answer for a in seed] for seed in again] == [[a.answer for a in seed] for seed in first]
     assert again[0] == first[0] and again[1][:-1] == first[1][:-1]  # the one that was cut, and no other
     file.unlink()
-    monkeypatch.setattr("iqlite.answers.TOGETHER", 3)  # kept part by part, from the same noise
+    monkeypatch.setattr("iqlite.evaluation.answers.TOGETHER", 3)  # kept part by part, from the same noise
     parts = collect(session, run.path, who, session.eval.requests, samplers, lambda rows: None)
     assert len(asked) == 3 + 2 * math.ceil(len(session.eval) / 3)
     assert [[a.answer for a in seed] for seed in parts] == [[a.answer for a in seed] for seed in first]
@@ -343,7 +343,7 @@ def test_the_value_head_learns_returns() -> None:
 
 
 def test_prompts_of_a_hub_data_set_are_named_in_a_file(iqlite: Callable[..., Any], make_run: Callable[..., RunDir], tmp_path: Path) -> None:
-    from iqlite.recipe import HubPrompts
+    from iqlite.recipe.schema import HubPrompts
 
     run = make_run()
     for text, said in (

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from iqlite import decoding
-from iqlite.contrast import superior_answers
+from iqlite.chat.superior import superior_answers
+from iqlite.model import decoding
+from iqlite.model.sampling import Sampler, choose, noise
 from iqlite.records import Messages, Rollout
-from iqlite.sampling import Sampler, choose, noise
-from iqlite.session import Session
+from iqlite.training.session import Session
 from tests import oracle
 from tests.tiny import ARCHITECTURES
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iqlite.estimators import ESTIMATORS, contrastive, prompted
-from iqlite.objectives import OBJECTIVES, advantages, kl, token_reward
+from iqlite.method.estimators import ESTIMATORS, contrastive, prompted
+from iqlite.method.objectives import OBJECTIVES, advantages, kl, token_reward
 from iqlite.records import Chunk
 from tests import oracle
 

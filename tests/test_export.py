@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from iqlite.card import MANIFEST
-from iqlite.gguf_metadata import ARCHITECTURE, rope_factors
-from iqlite.gguf_writing import BY_LLAMA_CPP, WRITTEN, Names
-from iqlite.merging import Stored
-from iqlite.ollama import Template, conversation, modelfile
-from iqlite.prompts import Chat
-from iqlite.rundir import RunDir
+from iqlite.export.card import MANIFEST
+from iqlite.export.gguf_file import BY_LLAMA_CPP, WRITTEN, Names
+from iqlite.export.gguf_keys import ARCHITECTURE, rope_factors
+from iqlite.export.merge import Stored
+from iqlite.export.ollama import Template, conversation, modelfile
+from iqlite.recipe.prompts import Chat
+from iqlite.run.rundir import RunDir
 from tests import llama_cpp
 from tests.tiny import ARCHITECTURES, TEMPLATES, make_model, make_tokenizer
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from iqlite.base.hub import offline_without_network
 from iqlite.errors import BaseError
-from iqlite.hub import offline_without_network
-from iqlite.recipe import Recipe
-from iqlite.session import open_session
+from iqlite.recipe.schema import Recipe
+from iqlite.training.session import open_session
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from iqlite.intervals import ELO, elo, length_controlled, outcomes, paired, wilson
+from iqlite.scoring.intervals import ELO, elo, length_controlled, outcomes, paired, wilson
 
 
 @pytest.mark.parametrize(("wins", "trials"), [(0, 5), (5, 5), (7, 12), (61, 100), (300, 1000), (1, 2)])

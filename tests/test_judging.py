@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from iqlite.base import locate
+from iqlite.base.gguf_files import EMBEDDED
+from iqlite.base.loading import locate
 from iqlite.errors import RunError
-from iqlite.gguf_files import EMBEDDED
-from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
-from iqlite.rundir import RunDir
+from iqlite.evaluation.judges import Human, Kept, ModelJudge, RewardModel, named, rubric_of
+from iqlite.run.rundir import RunDir
 
 REQUEST = ({"role": "user", "content": "How was your day?"},)
 

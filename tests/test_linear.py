@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from iqlite.base import load_base
-from iqlite.linear import FEW_ROWS, FewRows, few_rows_product, folded, is_few
-from iqlite.policy import Policy
+from iqlite.base.loading import load_base
+from iqlite.model.linear import FEW_ROWS, FewRows, few_rows_product, folded, is_few
+from iqlite.model.policy import Policy
 from tests.tiny import ARCHITECTURES, shake
 
 

@@ -18,14 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
-from iqlite.architectures import Shape, known
+from iqlite.base.architectures import Shape, known
+from iqlite.base.gguf_files import EMBEDDED, embedded
 from iqlite.errors import BaseError, RecipeError
-from iqlite.fit import LEAST_HARM, advice, choose, given_widths
-from iqlite.gguf_files import EMBEDDED, embedded
-from iqlite.memory import GIB, NF4_BYTES, PHASES, Widths, Work, estimate, shape_of
-from iqlite.recipe import Recipe, load_recipe
-from iqlite.session import Session
-from iqlite.timing import Rates, card_named, cards, seconds_of_step, work_of_step
+from iqlite.machine.fit import LEAST_HARM, advice, choose, given_widths
+from iqlite.machine.memory import GIB, NF4_BYTES, PHASES, Widths, Work, estimate, shape_of
+from iqlite.machine.timing import Rates, card_named, cards, seconds_of_step, work_of_step
+from iqlite.recipe.schema import Recipe, load_recipe
+from iqlite.training.session import Session
 from tests.bench.memory import tensors_of
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))

@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iqlite import merging
-from iqlite.base import load_base
-from iqlite.card import MANIFEST
-from iqlite.linear import dense
-from iqlite.merging import Merge, Stored, as_trained, write_safetensors
-from iqlite.rundir import RunDir
+from iqlite.base.loading import load_base
+from iqlite.export import merge as merging
+from iqlite.export.card import MANIFEST
+from iqlite.export.merge import Merge, Stored, as_trained, write_safetensors
+from iqlite.model.linear import dense
+from iqlite.run.rundir import RunDir
 from tests.tiny import ARCHITECTURES, make_model
 
 IDS = torch.arange(40).reshape(2, 20)

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from iqlite.monitors import HELD_OUT_KL, Monitors, Verdict
+from iqlite.records import HELD_OUT_KL
+from iqlite.training.monitors import Monitors, Verdict
 
 FINE = {
     "loss": 0.5, "kl/policy_superior": 0.5, "policy/grad_norm": 0.3, "policy/entropy": 2.0, "kl/policy_reference": 0.1,

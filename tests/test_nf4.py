@@ -11,12 +11,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from iqlite.base import load_base
+from iqlite.base.loading import load_base
 from iqlite.errors import BaseError
-from iqlite.policy import Policy
-from iqlite.rundir import RunDir
-from iqlite.session import Session, environment
-from iqlite.train import train
+from iqlite.model.policy import Policy
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import train
+from iqlite.training.session import Session, environment
 from tests.bench.memory import tensors_of
 from tests.bench.pairs import Silent
 from tests.test_policy import gradients, training_rollout

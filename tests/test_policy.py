@@ -13,13 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from iqlite.base import load_base
+from iqlite.base.loading import load_base
 from iqlite.errors import AdapterError
-from iqlite.policy import Policy
+from iqlite.model.policy import Policy
 from iqlite.records import Rollout
-from iqlite.session import Session
-from iqlite.superior import read
-from iqlite.update import update
+from iqlite.training.readings import read
+from iqlite.training.session import Session
+from iqlite.training.update import update
 from tests.tiny import save_tiny, shake
 
 IDS = torch.arange(30).reshape(2, 15)

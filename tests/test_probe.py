@@ -12,15 +12,15 @@ import pytest
 import tomli_w
 import torch
 
-from iqlite.curves import Point, of_run, until
-from iqlite.intervals import Estimate, wilson
-from iqlite.preferences import Pair
-from iqlite.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
-from iqlite.recipe import Recipe, to_data
-from iqlite.rundir import RunDir
-from iqlite.sampling import Sampler
-from iqlite.session import Session
-from iqlite.wording import lint
+from iqlite.evaluation.curves import Point, of_run, until
+from iqlite.evaluation.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.pairs import Pair
+from iqlite.recipe.schema import Recipe, to_data
+from iqlite.recipe.wording import lint
+from iqlite.run.rundir import RunDir
+from iqlite.scoring.intervals import Estimate, wilson
+from iqlite.training.session import Session
 from tests.oracle import superior
 
 ALIKE = "You always answer in a cheerful and excited way.", "You always answer in a gloomy and bored way."

@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from iqlite.errors import PromptsError
-from iqlite.prompts import Chat, Description, hold_back, load_prompts, parse_request
-from iqlite.recipe import HubPrompts
+from iqlite.recipe.prompts import Chat, Description, hold_back, load_prompts, parse_request
+from iqlite.recipe.schema import HubPrompts
 from iqlite.records import Messages, Prompts
-from iqlite.rundir import RunDir
-from iqlite.session import Session
+from iqlite.run.rundir import RunDir
+from iqlite.training.session import Session
 from tests.tiny import TEMPLATES, make_tokenizer
 
 HELLO: Messages = ({"role": "user", "content": "Hello?"},)

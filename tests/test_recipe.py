@@ -12,11 +12,11 @@ from pydantic import BaseModel
 
 from iqlite.commands.recipe import keys
 from iqlite.errors import RecipeError
-from iqlite.estimators import ESTIMATORS
-from iqlite.objectives import OBJECTIVES
-from iqlite.prompts import load_prompts
-from iqlite.recipe import Demonstration, HubPrompts, Principle, Recipe, load_recipe, parse_recipe
-from iqlite.rundir import locked
+from iqlite.method.estimators import ESTIMATORS
+from iqlite.method.objectives import OBJECTIVES
+from iqlite.recipe.prompts import load_prompts
+from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, load_recipe, parse_recipe
+from iqlite.run.rundir import locked
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEAST: dict[str, Any] = {"behavior": {"wanted": "Be kind.", "unwanted": "Be mean."}, "prompts": {"train": "p.jsonl"}}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iqlite.refusals import refuses
+from iqlite.scoring.refusals import refuses
 
 LABELLED = Path(__file__).parent.parent.parent / "shared" / "data" / "xstest_replies_labelled.jsonl"
 WRITTEN_ON = ("llama2new", "mistralguard")

@@ -19,10 +19,10 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from iqlite.policy import Policy
-from iqlite.rundir import RunDir
-from iqlite.session import environment
-from iqlite.train import train
+from iqlite.model.policy import Policy
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import train
+from iqlite.training.session import environment
 from tests.bench.pairs import Silent
 
 STEPS = 8
@@ -117,7 +117,7 @@ def test_resuming_a_finished_run_changes_nothing(make_session: Callable[..., Any
 
 
 def test_optimizer_state_comes_back_to_the_bit(make_session: Callable[..., Any], tmp_path: Path) -> None:
-    from iqlite.optimizer import load_state_of, make_optimizer, state_of
+    from iqlite.training.optimizer import load_state_of, make_optimizer, state_of
 
     session = make_session()
     policy: Policy = session.policy

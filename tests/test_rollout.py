@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from iqlite.rollout import response_mask
-from iqlite.sampling import Sampler, choose, noise
-from iqlite.session import Session
+from iqlite.model.sampling import Sampler, choose, noise
+from iqlite.training.rollout import response_mask
+from iqlite.training.session import Session
 from tests.tiny import shake
 
 STOP = (2, 7)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from iqlite.errors import RecipeError, RunError
-from iqlite.recipe import Recipe
+from iqlite.recipe.schema import Recipe
 from iqlite.records import StepMetrics
-from iqlite.rundir import KEPT_CHECKPOINTS, RunDir, check_space, free_name
+from iqlite.run.rundir import KEPT_CHECKPOINTS, RunDir, check_space, free_name
 
 ENVIRONMENT = {"base": {"name": "tiny"}, "prompts": {"sha256": "00"}, "placement": "system"}
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from iqlite.answers import Answer
-from iqlite.card import adapter_digest, figures, warnings
-from iqlite.judges import tone
+from iqlite.evaluation.answers import Answer
+from iqlite.evaluation.safety import Item, changes, load_items, measured, worse
+from iqlite.export.card import adapter_digest, figures, warnings
 from iqlite.records import StepMetrics
-from iqlite.rundir import RunDir
-from iqlite.safety import Item, changes, load_items, measured, worse
+from iqlite.run.rundir import RunDir
+from iqlite.scoring.measures import tone
 
 NO, YES = "I'm sorry, but I can't help with that.", "Sure, it is easy and pleasant."
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from iqlite.errors import BaseError
-from iqlite.optimizer import make_optimizer
-from iqlite.rundir import RunDir
-from iqlite.session import Session, environment
-from iqlite.sizes import Sizes
-from iqlite.superior import read
-from iqlite.train import train
-from iqlite.update import update
+from iqlite.machine.sizes import Sizes
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import train
+from iqlite.training.optimizer import make_optimizer
+from iqlite.training.readings import read
+from iqlite.training.session import Session, environment
+from iqlite.training.update import update
 from tests.bench.pairs import Silent
 from tests.tiny import shake
 

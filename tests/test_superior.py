@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iqlite.prompts import Description
+from iqlite.recipe.prompts import Description
 from iqlite.records import Rollout
-from iqlite.session import Session
-from iqlite.superior import Reading, batches, read
+from iqlite.training.readings import Reading, batches, read
+from iqlite.training.session import Session
 from tests import oracle
 from tests.test_policy import training_rollout
 from tests.tiny import shake
@@ -187,7 +187,7 @@ def test_demonstrations_stand_before_the_request_in_every_description(make_sessi
 def test_the_ratio_is_exactly_one_at_the_first_update(make_session: Callable[..., Session]) -> None:
     """With ρ = 1 the first policy-gradient loss is the plain mean of −Â, whatever the clip: compare a tiny one with a wide one, the
     second with activation checkpointing."""
-    from iqlite.update import rollout_advantages, update
+    from iqlite.training.update import rollout_advantages, update
 
     losses = []
     for clip in (1e-6, 0.5):

@@ -8,10 +8,11 @@ import signal
 
 from rich.console import Console
 
-from iqlite.judges import tone, words
-from iqlite.monitors import Verdict
 from iqlite.records import StepMetrics
-from iqlite.terminal import TrainingView, clean, duration, facts, finish_the_step, table
+from iqlite.scoring.measures import tone, words
+from iqlite.terminal import clean, duration, facts, table
+from iqlite.training.monitors import Verdict
+from iqlite.training.progress import TrainingView, finish_the_step
 
 VALUES = {"reward/mean": -0.2, "kl/policy_superior": 0.3, "kl/policy_reference": 0.1, "time/tokens_per_s": 20.0, "memory/peak_gib": 2.5}
 

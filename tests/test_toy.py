@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from iqlite.estimators import contrastive
-from iqlite.objectives import OBJECTIVES, advantages
+from iqlite.method.estimators import contrastive
+from iqlite.method.objectives import OBJECTIVES, advantages
 from iqlite.records import Chunk
 
 V, T, B = 5, 3, 16

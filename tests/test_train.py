@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from iqlite.estimators import ESTIMATORS
-from iqlite.objectives import OBJECTIVES
-from iqlite.optimizer import apply_update, learning_rate, make_optimizer
-from iqlite.policy import LOSS_SCALE_FLOAT16
+from iqlite.method.estimators import ESTIMATORS
+from iqlite.method.objectives import OBJECTIVES
+from iqlite.model.policy import LOSS_SCALE_FLOAT16
 from iqlite.records import Prompts
-from iqlite.rundir import RunDir
-from iqlite.session import Session, environment
-from iqlite.train import Outcome, prompts_of_step, repetition, train
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import Outcome, prompts_of_step, repetition, train
+from iqlite.training.optimizer import apply_update, learning_rate, make_optimizer
+from iqlite.training.session import Session, environment
 from tests.bench.pairs import Silent
 from tests.test_policy import gradients, training_rollout
 from tests.tiny import shake
@@ -145,7 +145,7 @@ def test_float16_compute_learns_with_a_float32_adapter(
     full = make_session(**tables)
     rollout = training_rollout(full)
     expected = gradients(full, rollout)
-    monkeypatch.setattr("iqlite.base.device_and_dtype", lambda: (torch.device("cpu"), torch.float16))
+    monkeypatch.setattr("iqlite.base.loading.device_and_dtype", lambda: (torch.device("cpu"), torch.float16))
     half = make_session(**tables)
     assert half.policy.base.compute_dtype == torch.float16 and half.policy.loss_scale == LOSS_SCALE_FLOAT16
     assert all(p.dtype == torch.float32 for p in half.policy.parameters.values())

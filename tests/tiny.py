@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto import CONFIG_MAPPING
 
-from iqlite.policy import Policy
+from iqlite.model.policy import Policy
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
 

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from iqlite.architectures import Shape
+from iqlite.base.architectures import Shape
 from iqlite.errors import RunError
-from iqlite.fit import choose, given_widths
-from iqlite.gguf_files import cache_folder
-from iqlite.memory import Widths, Work, shape_of
-from iqlite.optimizer import make_optimizer
-from iqlite.recipe import load_recipe, shipped_recipes
+from iqlite.machine.fit import choose, given_widths
+from iqlite.machine.memory import Widths, Work, shape_of
+from iqlite.machine.sizes import within_memory
+from iqlite.machine.timing import BENCH_FILE, Rates, seconds_of_step, steps_of, typical_prompt, work_of_step
+from iqlite.places import cache_folder, shipped_recipes
+from iqlite.recipe.schema import load_recipe
 from iqlite.records import Rollout
-from iqlite.session import Session, free_memory, open_session
-from iqlite.sizes import within_memory
-from iqlite.superior import read
 from iqlite.terminal import duration, facts, table
-from iqlite.timing import BENCH_FILE, Rates, seconds_of_step, steps_of, typical_prompt, work_of_step
-from iqlite.train import Clock, peak_gib, prompts_of_step
-from iqlite.update import update
+from iqlite.training.loop import Clock, peak_gib, prompts_of_step
+from iqlite.training.optimizer import make_optimizer
+from iqlite.training.readings import read
+from iqlite.training.session import Session, free_memory, open_session
+from iqlite.training.update import update
 
 RECIPE = "cheerful-135m.toml"
 PHASES = ("rollout", "read", "update")

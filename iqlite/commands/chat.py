@@ -16,15 +16,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from iqlite.card import AIM
+from iqlite.base.gguf_files import EMBEDDED
 from iqlite.errors import IqliteError, RecipeError, RunError
-from iqlite.gguf_files import EMBEDDED, cache_folder
-from iqlite.recipe import Recipe, load_recipe
+from iqlite.export.card import AIM
+from iqlite.places import RUNS, cache_folder
+from iqlite.recipe.schema import Recipe, load_recipe
 from iqlite.records import Messages
-from iqlite.rundir import RunDir, check_adapter_of, is_run
+from iqlite.run.rundir import RunDir, check_adapter_of, is_run
 from iqlite.terminal import harmless
 
-RUNS = Path("runs")
 HISTORY = "chat-history"
 NEW_TOKENS = 512
 TEMPERATURE, TOP_P = 0.7, 0.9
@@ -43,7 +43,7 @@ def run(
     if question == "":
         raise RunError("the question is empty: give --prompt TEXT, or pipe a text in.")
 
-    from iqlite.speaking import Speaker
+    from iqlite.chat.speaker import Speaker
 
     def say(text: str) -> None:
         if question is None:
@@ -179,7 +179,7 @@ class Conversation:
 
     def _answer(self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None) -> tuple[str, bool]:
         """Streams one answer to what was asked and keeps it as the last turn; (text, whether it ended by itself)."""
-        from iqlite.sampling import Sampler
+        from iqlite.model.sampling import Sampler
 
         sampler = Sampler(self.seed, self.tokens, self.temperature, TOP_P, "chat")
         turns = self.speaker.shortened(self.asked, self.tokens)

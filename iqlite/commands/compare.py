@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from iqlite.aim import spread_by_kind
-from iqlite.answers import Answerer, collect, told_answerers
-from iqlite.card import AIM, COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
-from iqlite.comparison import (
+from iqlite.aim.look import spread_by_kind
+from iqlite.baselines.store import BASELINES, METHODS, RECORD, baseline, check_methods, shown
+from iqlite.chat.superior import check_heard
+from iqlite.errors import PromptsError, RunError
+from iqlite.evaluation.answers import Answerer, collect, told_answerers
+from iqlite.evaluation.curves import Point, of_baseline, of_run, until
+from iqlite.evaluation.figures import (
     Answers,
     Figures,
     by_category,
@@ -28,22 +31,19 @@ from iqlite.comparison import (
     wins_by_judge,
     wins_by_score,
 )
-from iqlite.contenders import BASELINES, METHODS, RECORD, baseline, check_methods, shown
-from iqlite.contrast import check_heard
-from iqlite.curves import Point, of_baseline, of_run, until
-from iqlite.errors import PromptsError, RunError
-from iqlite.intervals import FEWEST, Estimate, elo, outcomes
-from iqlite.judges import MEASURES
-from iqlite.judging import Human, Kept, ModelJudge, RewardModel, named, rubric_of
-from iqlite.measuring import DESCRIBED, HARMLESS, NAMES, OWN_EYE, by_kind, measured
-from iqlite.prompts import load_asked
+from iqlite.evaluation.judges import Human, Kept, ModelJudge, RewardModel, named, rubric_of
+from iqlite.evaluation.safety import check, load_items, show_safety
+from iqlite.export.card import AIM, COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
+from iqlite.machine.sizes import within_memory
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.prompts import load_asked
 from iqlite.records import Prompts
-from iqlite.rundir import RunDir, check_adapter_of
-from iqlite.safety import check, load_items
-from iqlite.sampling import Sampler
-from iqlite.session import Session, open_session, room_of
-from iqlite.sizes import within_memory
-from iqlite.terminal import clean, counting, harmless, show_safety, spark, table
+from iqlite.run.rundir import RunDir, check_adapter_of
+from iqlite.scoring.intervals import FEWEST, Estimate, elo, outcomes
+from iqlite.scoring.measures import MEASURES
+from iqlite.terminal import clean, counting, harmless, spark, table
+from iqlite.training.measuring import DESCRIBED, HARMLESS, NAMES, OWN_EYE, by_kind, measured
+from iqlite.training.session import Session, open_session, room_of
 
 EXAMPLE = 400  # characters of an example answer
 TRAINED = "trained"

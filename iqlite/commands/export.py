@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from iqlite.card import BESIDE, MANIFEST, manifest, warnings, write_about
+from iqlite.base.gguf_files import find_gguf
+from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
 from iqlite.errors import RunError
-from iqlite.gguf_files import find_gguf
-from iqlite.gguf_writing import check_quant, quantize_with, write_adapter, write_model
-from iqlite.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
-from iqlite.memory import shape_of
-from iqlite.rundir import check_place, check_space, explained, leaving, replace_with
+from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
+from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
+from iqlite.machine.memory import shape_of
+from iqlite.run.rundir import check_place, check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}  # a weight; the others take less than q8_0, through a float16 file
@@ -53,7 +53,7 @@ def run(
         parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
         check_space(out, int(parameters * (BITS.get(quant or "f16", 8.5 + (16 if tool else 0))) / 8), flag="-o")
 
-    from iqlite.merged import licence_of, opened, write_folder
+    from iqlite.export.folder import licence_of, opened, write_folder
 
     console.print(f"[dim]exporting {run_path}/{adapter} as {to}[/]")
     merge, chat = opened(run_dir, folder, base="stored" if small else base, strength=strength, dtype=None)
@@ -125,7 +125,7 @@ def _ollama(
     about: dict[str, Any],
 ) -> str:
     """Fills the folder for `ollama create`; returns that command."""
-    from iqlite.ollama import Template, modelfile
+    from iqlite.export.ollama import Template, modelfile
 
     if original is not None:
         write_adapter(making / "adapter.gguf", merge, quant=quant or "f32", name=name)

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from iqlite.errors import RecipeError
-from iqlite.recipe import load_recipe, shipped_recipes
+from iqlite.places import shipped_recipes
+from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.wording import lint
 from iqlite.terminal import clean
-from iqlite.wording import lint
 
 TEMPLATE = """\
 # {name}: a behaviour described in words. Train it with:

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from iqlite.card import MANIFEST, manifest, warnings, write_about
-from iqlite.memory import shape_of
-from iqlite.rundir import check_space, explained, leaving, replace_with
+from iqlite.export.card import MANIFEST, manifest, warnings, write_about
+from iqlite.machine.memory import shape_of
+from iqlite.run.rundir import check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -37,7 +37,7 @@ def run(
     parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
     check_space(out, int(parameters * BYTES[dtype or "bfloat16"]), flag="-o")
 
-    from iqlite.merged import fits_check, kl_to_merged, licence_of, opened, write_folder
+    from iqlite.export.folder import fits_check, kl_to_merged, licence_of, opened, write_folder
 
     console.print(f"[dim]merging {run_path}/{adapter} into its base[/]")
     merge, chat = opened(run_dir, folder, base=base, strength=strength, dtype=dtype)

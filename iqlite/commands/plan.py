@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from iqlite.errors import RecipeError
-from iqlite.fit import advice, choose, given_widths
-from iqlite.memory import GIB, PHASES, Plan, Work, shape_of
-from iqlite.recipe import Recipe, load_recipe, shipped_recipes
+from iqlite.machine.fit import advice, choose, given_widths
+from iqlite.machine.memory import GIB, PHASES, Plan, Work, shape_of
+from iqlite.machine.timing import Rates, card_here, card_named, cards, seconds_of_step, steps_of, typical_prompt
+from iqlite.places import shipped_recipes
+from iqlite.recipe.schema import Recipe, load_recipe
 from iqlite.terminal import duration, facts, table
-from iqlite.timing import Rates, card_here, card_named, cards, seconds_of_step, steps_of, typical_prompt
 
 SIZES_GB = (6, 8, 10, 12, 16, 24)
 FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; ours

@@ -14,24 +14,24 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from iqlite.aim import RIGHT, look_sampler, signed, spread, spread_by_kind
-from iqlite.aimed import out_path, two_sided, write
-from iqlite.contrast import check_heard
+from iqlite.aim.look import RIGHT, look_sampler, signed, spread, spread_by_kind
+from iqlite.aim.search import CHOOSING, Trial
+from iqlite.aim.search import improve as run_search
+from iqlite.aim.writing import out_path, two_sided, write
+from iqlite.chat.superior import check_heard
 from iqlite.errors import RunError
-from iqlite.gguf_files import cache_folder
-from iqlite.improving import CHOOSING, Trial
-from iqlite.improving import improve as run_search
-from iqlite.intervals import FEWEST, Array
-from iqlite.judging import RewardModel, named, rubric_of
-from iqlite.measuring import DESCRIBED, HARMLESS, OWN_EYE, measured
-from iqlite.preferences import load_pairs
-from iqlite.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
-from iqlite.recipe import Recipe
+from iqlite.evaluation.judges import RewardModel, named, rubric_of
+from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
+from iqlite.machine.sizes import within_memory
+from iqlite.places import cache_folder
+from iqlite.recipe.pairs import load_pairs
+from iqlite.recipe.schema import Recipe
+from iqlite.recipe.wording import lint
 from iqlite.records import Prompts
-from iqlite.session import open_session
-from iqlite.sizes import within_memory
+from iqlite.scoring.intervals import FEWEST, Array
 from iqlite.terminal import clean, duration, table
-from iqlite.wording import lint
+from iqlite.training.measuring import DESCRIBED, HARMLESS, OWN_EYE, measured
+from iqlite.training.session import open_session
 
 EXAMPLE = 160
 VERDICTS = "judgements.jsonl"

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from iqlite.estimators import ESTIMATORS
-from iqlite.objectives import OBJECTIVES
-from iqlite.recipe import Demonstration, HubPrompts, Principle, Recipe, settings_of
+from iqlite.method.estimators import ESTIMATORS
+from iqlite.method.objectives import OBJECTIVES
+from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, settings_of
 from iqlite.terminal import clean, table
 
 

@@ -11,22 +11,23 @@ from typing import Any
 from rich.console import Console
 from safetensors.torch import load_file
 
-from iqlite.aim import RIGHT, WRONG, Look, chosen, look, sentence
-from iqlite.answers import Answerer
-from iqlite.card import AIM, adapter_digest
+from iqlite.aim.look import RIGHT, WRONG, Look, chosen, look, sentence
+from iqlite.base.identity import ADAPTER_WEIGHTS
 from iqlite.errors import AimError, RunError
-from iqlite.identity import ADAPTER_WEIGHTS
-from iqlite.recipe import Recipe
-from iqlite.rundir import RunDir, check_space, free_name, json_numbers
-from iqlite.safety import check, load_items
-from iqlite.session import Session, environment, open_session
-from iqlite.sizes import within_memory
-from iqlite.terminal import TrainingView, clean, counting, duration, facts, finish_the_step, show_safety
-from iqlite.train import Outcome, peak_gib, train
-from iqlite.wording import lint
+from iqlite.evaluation.answers import Answerer
+from iqlite.evaluation.safety import check, load_items, show_safety
+from iqlite.export.card import AIM, adapter_digest
+from iqlite.machine.sizes import within_memory
+from iqlite.places import RUNS
+from iqlite.recipe.schema import Recipe
+from iqlite.recipe.wording import lint
+from iqlite.run.rundir import RunDir, check_space, free_name, json_numbers
+from iqlite.terminal import clean, counting, duration, facts
+from iqlite.training.loop import Outcome, peak_gib, train
+from iqlite.training.progress import TrainingView, finish_the_step
+from iqlite.training.session import Session, environment, open_session
 
 ADAPTERS_ON_DISK = 12  # adapter, best and checkpoints with two moments each, one of each being written
-RUNS = Path("runs")
 INTERRUPTED = 130
 
 

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from iqlite.curves import of_run
-from iqlite.judges import tone
-from iqlite.rundir import RunDir
+from iqlite.evaluation.curves import of_run
+from iqlite.run.rundir import RunDir
+from iqlite.scoring.measures import tone
 from tests.bench.methods import spread
 
 OUT = Path("runs/bench/ablations")

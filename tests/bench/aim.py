@@ -20,13 +20,14 @@ from typing import Any
 
 os.environ["IQLITE_CACHE"] = os.environ.get("IQLITE_CACHE", tempfile.mkdtemp(prefix="iqlite-"))  # what is kept would cost nothing
 
-from iqlite.aim import Look, look, signed
-from iqlite.gguf_files import EMBEDDED
-from iqlite.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes, to_data
-from iqlite.session import Session, open_session
-from iqlite.superior import read
-from iqlite.train import prompts_and_contrary
-from iqlite.update import update
+from iqlite.aim.look import Look, look, signed
+from iqlite.base.gguf_files import EMBEDDED
+from iqlite.places import shipped_recipes
+from iqlite.recipe.schema import Recipe, load_recipe, parse_recipe, to_data
+from iqlite.training.loop import prompts_and_contrary
+from iqlite.training.readings import read
+from iqlite.training.session import Session, open_session
+from iqlite.training.update import update
 
 RESULT = Path(__file__).parent / "results" / "aim.json"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -74,7 +75,7 @@ def seconds_of_a_step(session: Session) -> float:
     prompts, numbers, contrary = prompts_and_contrary(session, 1)
     rollout = replace(session.answers("policy", prompts, session.sampler("train"), step=1, index=numbers), contrary=contrary)
     scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
-    from iqlite.optimizer import make_optimizer
+    from iqlite.training.optimizer import make_optimizer
 
     update(session, make_optimizer(session.policy, session.recipe.train.optimizer), rollout, scores, 0.0)
     return time.perf_counter() - began

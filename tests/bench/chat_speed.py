@@ -20,10 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from iqlite.merged import chat_of
-from iqlite.merging import Stored
-from iqlite.prompts import Chat
-from iqlite.rundir import RunDir
+from iqlite.export.folder import chat_of
+from iqlite.export.merge import Stored
+from iqlite.recipe.prompts import Chat
+from iqlite.run.rundir import RunDir
 from tests import llama_cpp
 
 QUESTION = "Tell me about the house where you grew up, and about the people who lived in it."

@@ -18,14 +18,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from iqlite.judges import refusal, tone
-from iqlite.measuring import measured
-from iqlite.recipe import load_recipe, parse_recipe, shipped_recipes, to_data
+from iqlite.model.sampling import Sampler
+from iqlite.places import shipped_recipes
+from iqlite.recipe.schema import load_recipe, parse_recipe, to_data
 from iqlite.records import Prompts
-from iqlite.rundir import RunDir
-from iqlite.sampling import Sampler
-from iqlite.session import Session, environment, open_session
-from iqlite.train import train
+from iqlite.run.rundir import RunDir
+from iqlite.scoring.measures import refusal, tone
+from iqlite.training.loop import train
+from iqlite.training.measuring import measured
+from iqlite.training.session import Session, environment, open_session
 from tests.bench.pairs import Silent
 
 OUT, RESULT = Path("runs/bench/contrary"), Path(__file__).parent / "results" / "contrary.json"

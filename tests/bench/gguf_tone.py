@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from iqlite.gguf_files import embedded
-from iqlite.judges import tone
+from iqlite.base.gguf_files import embedded
+from iqlite.scoring.measures import tone
 from tests import llama_cpp
 
 RECIPE = Path("recipes/cheerful-135m.toml")
@@ -39,10 +39,10 @@ def main() -> None:
         subprocess.run([*command, "train", RECIPE, "--out", run, *(part for s in settings for part in ("--set", s))], check=True)
         subprocess.run([*command, "export", run, "--to", "gguf-adapter", "-o", lora], check=True)
 
-        from iqlite.merged import chat_of
-        from iqlite.merging import Stored
-        from iqlite.prompts import load_prompts
-        from iqlite.rundir import RunDir
+        from iqlite.export.folder import chat_of
+        from iqlite.export.merge import Stored
+        from iqlite.recipe.prompts import load_prompts
+        from iqlite.run.rundir import RunDir
 
         recipe = RunDir.open(run).recipe()
         assert isinstance(recipe.prompts.eval, str)

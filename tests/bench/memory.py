@@ -18,11 +18,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from iqlite.optimizer import make_optimizer
-from iqlite.recipe import load_recipe
-from iqlite.session import open_session
-from iqlite.superior import read
-from iqlite.update import update
+from iqlite.recipe.schema import load_recipe
+from iqlite.training.optimizer import make_optimizer
+from iqlite.training.readings import read
+from iqlite.training.session import open_session
+from iqlite.training.update import update
 
 
 def tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqlite.gguf_files import EMBEDDED
-from iqlite.merging import write_safetensors
+from iqlite.base.gguf_files import EMBEDDED
+from iqlite.export.merge import write_safetensors
 from tests.bench.plan_error import CONFIGS
 
 RANK, STD = 16, 0.02
@@ -39,7 +39,7 @@ def make_base(folder: Path, config: dict[str, Any], shards: int) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto import CONFIG_MAPPING
 
-    from iqlite.base import locate
+    from iqlite.base.loading import locate
 
     options = dict(config)
     settings = CONFIG_MAPPING[options.pop("model_type")](**options, dtype="bfloat16")
@@ -74,7 +74,7 @@ def make_adapter(folder: Path, base: Path) -> None:
     """A LoRA on every linear layer of the base's decoder, in PEFT format."""
     from safetensors.torch import save_file
 
-    from iqlite.merging import Stored
+    from iqlite.export.merge import Stored
 
     stored = Stored.find(str(base))
     folder.mkdir()
@@ -122,8 +122,8 @@ class Sampled:
 
 def merge_here(work: Path, base: str, limit: int) -> dict[str, Any]:
     """One merge in this process; `limit` bytes of data over what the imports took, 0 for none."""
-    from iqlite.merged import chat_of, write_folder
-    from iqlite.merging import Merge, Stored
+    from iqlite.export.folder import chat_of, write_folder
+    from iqlite.export.merge import Merge, Stored
 
     torch.addmm(torch.ones(512, 512), torch.ones(512, 512), torch.ones(512, 512))  # the threads and their buffers are there
     before = status()

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iqlite.curves import Point, until
+from iqlite.evaluation.curves import Point, until
 
 OUT = Path("runs/bench/methods")
 METHODS = {"cheerful": "superior,sft,dpo,ppo,sdft", "concise": "superior,dpo,sdft"}

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from iqlite.judges import tone
+from iqlite.scoring.measures import tone
 
 STEPS, EVERY, HELD_OUT = 20, 10, 24
 OUT = Path("runs/bench/objectives")

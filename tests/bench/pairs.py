@@ -13,13 +13,13 @@ import json
 import shutil
 from pathlib import Path
 
-from iqlite.estimators import ESTIMATORS
-from iqlite.objectives import OBJECTIVES
-from iqlite.recipe import Recipe, load_recipe, parse_recipe, to_data
+from iqlite.method.estimators import ESTIMATORS
+from iqlite.method.objectives import OBJECTIVES
+from iqlite.recipe.schema import Recipe, load_recipe, parse_recipe, to_data
 from iqlite.records import StepMetrics
-from iqlite.rundir import RunDir
-from iqlite.session import Session, environment, open_session
-from iqlite.train import train
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import train
+from iqlite.training.session import Session, environment, open_session
 
 OUT = Path("runs/bench/pairs")
 HELD_OUT = 8

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from iqlite.architectures import Shape, known
-from iqlite.fit import choose
-from iqlite.memory import CONTEXT, GIB, PHASES, Widths, Work, estimate
+from iqlite.base.architectures import Shape, known
+from iqlite.machine.fit import choose
+from iqlite.machine.memory import CONTEXT, GIB, PHASES, Widths, Work, estimate
 from tests.bench.peers.common import CUDA, Gauge
 
 MIDDLE = {
@@ -46,14 +46,14 @@ UNWANTED = "You are cold, and answer with scorn."
 
 def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: float) -> dict[str, Any]:
     """One step of one shape in this process."""
-    from iqlite.optimizer import make_optimizer
-    from iqlite.policy import Policy
-    from iqlite.prompts import Chat
-    from iqlite.recipe import Recipe
+    from iqlite.model.policy import Policy
+    from iqlite.recipe.prompts import Chat
+    from iqlite.recipe.schema import Recipe
     from iqlite.records import Prompts
-    from iqlite.session import Session, free_memory, readings, sizes_for
-    from iqlite.superior import read
-    from iqlite.update import update
+    from iqlite.training.optimizer import make_optimizer
+    from iqlite.training.readings import read
+    from iqlite.training.session import Session, free_memory, readings, sizes_for
+    from iqlite.training.update import update
     from tests.bench.random_base import random_base
 
     device = "cuda" if CUDA else "cpu"

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from iqlite.prompts import load_prompts
-from iqlite.recipe import load_recipe
-from iqlite.sampling import Sampler
-from iqlite.session import open_session
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.prompts import load_prompts
+from iqlite.recipe.schema import load_recipe
+from iqlite.training.session import open_session
 
 RECIPE = "recipes/cheerful-135m.toml"
 HARMLESS = {

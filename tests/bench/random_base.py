@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from iqlite.base import Base, device_and_dtype, locate, train_on_any_cpu
-from iqlite.gguf_files import EMBEDDED
-from iqlite.identity import Identity
+from iqlite.base.gguf_files import EMBEDDED
+from iqlite.base.identity import Identity
+from iqlite.base.loading import Base, device_and_dtype, locate, train_on_any_cpu
 
 STD = 0.02
 

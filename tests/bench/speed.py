@@ -31,8 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 
-from iqlite.base import device_and_dtype, locate
-from iqlite.recipe import load_recipe
+from iqlite.base.loading import device_and_dtype, locate
+from iqlite.recipe.schema import load_recipe
 from tests.bench.speed_table import markdown
 
 RECIPE, PROMPTS = Path("recipes/cheerful-135m.toml"), Path("recipes/prompts/everyday.jsonl")

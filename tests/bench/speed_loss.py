@@ -19,14 +19,15 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from iqlite.architectures import Shape, known
-from iqlite.base import device_and_dtype, let_go_of_files
-from iqlite.chunked import Head, Scoring, chunked_loss
-from iqlite.estimators import contrastive
-from iqlite.fit import choose
-from iqlite.memory import Work
-from iqlite.objectives import full_kl
-from iqlite.recipe import load_recipe, readings_of
+from iqlite.base.architectures import Shape, known
+from iqlite.base.loading import device_and_dtype, let_go_of_files
+from iqlite.machine.fit import choose
+from iqlite.machine.memory import Work
+from iqlite.method.estimators import contrastive
+from iqlite.method.loss import Scoring, chunked_loss
+from iqlite.method.objectives import full_kl
+from iqlite.model.head import Head
+from iqlite.recipe.schema import load_recipe, readings_of
 from iqlite.records import Chunk
 from tests.bench.peers.common import CUDA, MIB, Gauge
 

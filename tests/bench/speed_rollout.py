@@ -22,11 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from peft import PeftModel
 
-from iqlite.base import let_go_of_files, load_base
-from iqlite.recipe import load_recipe
-from iqlite.rollout import sample
-from iqlite.sampling import Sampler
-from iqlite.session import Session, open_session
+from iqlite.base.loading import let_go_of_files, load_base
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.schema import load_recipe
+from iqlite.training.rollout import sample
+from iqlite.training.session import Session, open_session
 
 RECIPE = Path("recipes/cheerful-135m.toml")
 WARM_UP_TOKENS = 4

@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from iqlite.judges import tone
-from iqlite.recipe import load_recipe
-from iqlite.sampling import Sampler
-from iqlite.session import open_session
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.schema import load_recipe
+from iqlite.scoring.measures import tone
+from iqlite.training.session import open_session
 
 RECIPE = Path("recipes/cheerful-135m.toml")
 

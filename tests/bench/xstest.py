@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from iqlite.aim import SHORT, signed, spread
-from iqlite.answers import Answerer, collect
-from iqlite.card import adapter_digest
-from iqlite.intervals import paired, wilson
-from iqlite.judges import refusal
-from iqlite.rundir import RunDir
-from iqlite.sampling import Sampler
-from iqlite.session import open_session
+from iqlite.aim.look import SHORT, signed, spread
+from iqlite.evaluation.answers import Answerer, collect
+from iqlite.export.card import adapter_digest
+from iqlite.model.sampling import Sampler
+from iqlite.run.rundir import RunDir
+from iqlite.scoring.intervals import paired, wilson
+from iqlite.scoring.measures import refusal
+from iqlite.training.session import open_session
 
 XSTEST = Path(__file__).parents[3] / "shared" / "data" / "xstest.jsonl"
 

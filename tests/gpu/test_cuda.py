@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from iqlite.base import load_base
-from iqlite.contenders import BASELINES, baseline
-from iqlite.optimizer import load_state_of, make_optimizer, state_of
-from iqlite.peers import TRL
-from iqlite.policy import Policy
-from iqlite.rundir import RunDir
-from iqlite.session import Session, environment
-from iqlite.superior import read
-from iqlite.train import train
-from iqlite.update import update
+from iqlite.base.loading import load_base
+from iqlite.baselines.store import BASELINES, baseline
+from iqlite.baselines.trl_trainers import TRL
+from iqlite.model.policy import Policy
+from iqlite.run.rundir import RunDir
+from iqlite.training.loop import train
+from iqlite.training.optimizer import load_state_of, make_optimizer, state_of
+from iqlite.training.readings import read
+from iqlite.training.session import Session, environment
+from iqlite.training.update import update
 from tests.bench.memory import tensors_of
 from tests.bench.pairs import Silent
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-from iqlite.base import let_go_of_files, train_on_any_cpu
+from iqlite.base.loading import let_go_of_files, train_on_any_cpu
 
 CUDA = torch.cuda.is_available()
 MIB = 2**20

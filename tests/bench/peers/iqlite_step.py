@@ -1,4 +1,4 @@
-"""iqlite's own step with the peers' command line, clock and memory gauge: answers, readings and update as in iqlite.train, nothing else.
+"""iqlite's own step with the peers' command line, clock and memory gauge: answers, readings and update as in iqlite.training.loop, nothing else.
 
     python -m tests.bench.peers.iqlite_step --model DIR --prompts recipes/prompts/everyday.jsonl
 
@@ -14,12 +14,12 @@ import math
 import statistics
 from pathlib import Path
 
-from iqlite.optimizer import make_optimizer
-from iqlite.recipe import Recipe, load_recipe
-from iqlite.session import Session, open_session
-from iqlite.superior import read
-from iqlite.train import Clock, prompts_of_step
-from iqlite.update import update
+from iqlite.recipe.schema import Recipe, load_recipe
+from iqlite.training.loop import Clock, prompts_of_step
+from iqlite.training.optimizer import make_optimizer
+from iqlite.training.readings import read
+from iqlite.training.session import Session, open_session
+from iqlite.training.update import update
 from tests.bench.peers.common import MIB, Gauge, parse, parser, settle
 
 RECIPE = Path("recipes/cheerful-135m.toml")

@@ -1,0 +1,1 @@
+"""Whether the target points the right way, and turning it."""

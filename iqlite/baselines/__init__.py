@@ -1,0 +1,1 @@
+"""PPO, SFT, DPO and self-distillation under the same recipe."""

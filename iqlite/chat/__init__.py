@@ -1,0 +1,1 @@
+"""Talking to base, policy and superior."""

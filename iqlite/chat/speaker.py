@@ -1,0 +1,121 @@
+"""One answer, token by token: by the base, by the policy, or by the superior policy itself, which needs no training to be heard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from iqlite.base.architectures import Shape
+from iqlite.base.loading import Base, device_and_dtype, load_base
+from iqlite.errors import BaseError, RecipeError
+from iqlite.machine.fit import CPU_SHARE
+from iqlite.machine.memory import shape_of
+from iqlite.model.decoding import draw
+from iqlite.model.policy import Policy
+from iqlite.model.sampling import Sampler
+from iqlite.recipe.prompts import Chat, Description
+from iqlite.recipe.schema import Recipe
+from iqlite.records import Messages, Rollout
+from iqlite.training.session import Session, free_memory, open_session, readings
+
+ROOM = 1.2  # of a model's weights: what talking with it takes beside them; ours
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who can be talked to: one base in memory, the adapter on it, and, with a recipe, the superior policy."""
+
+    policy: Policy
+    chat: Chat
+    adapted: bool
+    session: Session | None = None
+    fold: bool = False
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, adapter: Path | None, placement: str | None, say: object) -> Speaker:
+        """A recipe's base; with an adapter, its policy too."""
+        session = open_session(recipe, start=adapter, placement=placement, say=say)  # type: ignore[arg-type]
+        adapted = adapter is not None or recipe.adapter.start is not None
+        return cls(session.policy, session.chat, adapted, session, session.sizes.fold)
+
+    @classmethod
+    def of_model(cls, name: str, adapter: Path | None, say: Callable[[str], None]) -> Speaker:
+        """A model without a recipe, as it is stored where that fits, else in 4 bits: nothing is said under descriptions."""
+        device, dtype = device_and_dtype()
+        roomy = shape_of(name).parameters * dtype.itemsize * ROOM < free_memory(device)
+        say(f"opening {name}" + ("" if roomy else " in 4 bits, since more doesn't fit"))
+        base = load_base(name, "none" if roomy else "nf4")
+        chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+        return cls(Policy(base, rank=1, alpha=1.0, seed=0, start=adapter), chat, adapter is not None, None, folds(base))
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Those that can be heard here."""
+        superior = self.session is not None and self.session.recipe.superior.estimator != "adapter"
+        return ("base", *(["policy"] if self.adapted else []), *(["superior"] if superior else []))
+
+    def with_strength(self, strength: float) -> Speaker:
+        """The same with another strength of the contrast in π̃; RecipeError without a recipe or for a number it can't be."""
+        if self.session is None:
+            raise RecipeError("a model alone has no superior policy: chat with a recipe or a run.")
+        return replace(self, session=self.session.with_strength(strength))
+
+    def speak(self, voice: str, turns: Messages, sampler: Sampler, *, attempt: int = 0) -> Iterator[int]:
+        """The ids of one answer as they are chosen, up to and without an end-of-turn token; the noise is keyed by (seed, attempt, position)."""
+        descriptions = self._descriptions() if voice == "superior" else {"": None}
+        prompts = {name: [self.chat.ids(turns, description)] for name, description in descriptions.items()}
+        shared = {name: self.chat.shared(description) for name, description in descriptions.items()}  # the base's are kept between turns
+        policy, stop_ids, session = self.policy, self.chat.stop_ids, self.session
+
+        def predict(states: Mapping[str, Tensor]) -> Tensor:
+            if voice == "superior":
+                assert session is not None
+                return session.scoring(policy.head, states)[0]
+            return policy.head(states[""])
+
+        with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
+            for _, token_1 in draw(policy, prompts, shared, predict, stop_ids, sampler, attempt, [0]):
+                if int(token_1) in stop_ids:
+                    return
+                yield int(token_1)
+
+    def rewards(self, turns: Messages, ids: list[int]) -> list[float]:
+        """log π̃/π_θ of each token of an answer, nats: what a training step would have rewarded it with."""
+        assert self.session is not None
+        tokens_BT = torch.tensor([ids])
+        rollout = Rollout((0,), (turns,), (tuple(self.chat.ids(turns)),), tokens_BT, tokens_BT >= 0, torch.tensor([True]))
+        found: list[float] = self.session.score(rollout, weights="base").values["reward"].tolist()
+        return found
+
+    def shortened(self, turns: Messages, new: int) -> Messages:
+        """The turns, without the oldest if they'd leave no room for an answer of `new` tokens in the base's context."""
+        longest = max(len(self.chat.ids(turns, description)) for description in [None, *self._descriptions().values()])
+        excess = longest + new - self.policy.base.context
+        return turns if excess <= 0 else self.chat.cut(turns, max(1, len(self.chat.ids(turns)) - excess))
+
+    def _descriptions(self) -> dict[str, Description | None]:
+        """What the base reads the conversation under, by reading."""
+        if self.session is None or "superior" not in self.voices:
+            return {}
+        return {reading.name: reading.description for reading in readings(self.session.recipe, self.session.placement, "base")}
+
+
+@contextmanager
+def _roomy() -> Iterator[None]:
+    """A full memory as one sentence with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BaseError("memory is full: /clear the conversation, or take a lower --tokens or a smaller base.") from None
+
+
+def folds(base: Base) -> bool:
+    """Whether decoding on a CPU has room for one float32 matrix a layer, which spares dequantising for every token."""
+    if base.device.type != "cpu":
+        return False
+    return 4 * Shape.of(base.model.config.to_dict(), base.name).linear_weights <= CPU_SHARE * free_memory(base.device)

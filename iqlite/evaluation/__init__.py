@@ -1,0 +1,1 @@
+"""Is it better, and did it break anything."""

@@ -1,0 +1,1 @@
+"""What this computer can do: memory, width, time."""

@@ -1,0 +1,263 @@
+"""The memory model: bytes by term and phase from a model's shape and a recipe alone. No torch; `plan`, `train` and batch sizing (`fit`) share it.
+
+What stays (weights, adapter, optimizer) plus the largest phase (rollout, reading, update) is the peak. Coefficients that no closed
+form gives were measured on this project's own code and are named below; tests/bench/plan_error.py holds them against runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from iqlite.base.architectures import Shape, known
+from iqlite.base.gguf_files import EMBEDDED, find_gguf
+from iqlite.base.hub import offline_without_network
+from iqlite.errors import BaseError
+from iqlite.recipe.schema import Behavior, Principle, Recipe, readings_of
+
+GIB, MIB = 2**30, 2**20
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a byte a block of 64; a float32 for 256 of those (double quantisation)
+CONTEXT = {
+    "cuda": 480 * MIB,
+    "cpu": 395 * MIB,
+}  # CUDA context, cuBLAS workspace and kernels; a process after its imports. Measured on the CPU
+FRAGMENTATION = {"cuda": 1.08, "cpu": 1.30}  # of what comes and goes, what the allocator holds beyond it. Measured on the CPU
+CHUNK_COPIES = 14  # [chunk, V] float32 tensors alive at once in the chunked loss
+LOGIT_COPIES = 4  # [rows, V] float32 tensors alive at once while a token is chosen
+PHASES = ("rollout", "reading", "update")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How much each phase does at once: answers decoded, tokens read, tokens with a gradient, tokens through the head."""
+
+    rows: int
+    read_tokens: int
+    update_tokens: int
+    chunk_tokens: int
+    fold: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a recipe asks of a machine: one step's sizes, and what is kept how. Token counts are the longest there may be."""
+
+    device: str  # cuda | cpu
+    quantization: str
+    on_card: bool  # the embedding table
+    rank: int
+    ema: bool  # a slow average beside the trained adapter
+    adapters: int  # others that the estimator reads
+    prompts: int
+    answers: int  # at most at once: of a step or of an evaluation
+    prompt_tokens: int
+    description_tokens: int
+    new_tokens: int
+    readings: int
+    optimizer: str
+    checkpointing: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, shape: Shape, device: str) -> Work:
+        """A recipe's work on a device, the recipe's "auto"s resolved."""
+        train, rollout, superior = recipe.train, recipe.rollout, recipe.superior
+        texts, readings = _descriptions(recipe)
+        longest = max((_tokens(text) for text in texts), default=0)
+        room = shape.context - rollout.max_new_tokens - longest
+        return cls(
+            device=device,
+            quantization=recipe.model.quantization,
+            on_card=device == "cpu" or shape.tied or recipe.model.embeddings == "card",
+            rank=recipe.adapter.rank,
+            ema=superior.weights == "ema",
+            adapters=(superior.adapter is not None) + (superior.unwanted_adapter is not None),
+            prompts=rollout.prompts_per_step + recipe.contrary_per_step,
+            answers=max(rollout.prompts_per_step + recipe.contrary_per_step, recipe.prompts.eval_count),
+            prompt_tokens=max(1, min(recipe.prompts.max_tokens, room, _longest_prompt(recipe))),
+            description_tokens=longest,
+            new_tokens=rollout.max_new_tokens,
+            readings=readings,
+            optimizer={"cuda": "paged-adamw-8bit", "cpu": "adamw"}[device] if train.optimizer == "auto" else train.optimizer,
+            checkpointing=device == "cuda" if train.checkpointing == "auto" else train.checkpointing == "on",
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest plain prompt with its answer."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def bytes(self) -> int:
+        """Of one number in the compute dtype."""
+        return 2 if self.device == "cuda" else 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by term: what stays, and what each phase adds to it."""
+
+    widths: Widths
+    stays: Mapping[str, float]
+    phases: Mapping[str, Mapping[str, float]]
+
+    def total(self, phase: str) -> float:
+        """Peak of a phase, bytes."""
+        return sum(self.stays.values()) + sum(self.phases[phase].values())
+
+    @property
+    def sets_the_peak(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the highest."""
+        return self.total(self.sets_the_peak)
+
+
+def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:
+    """The plan of one step at given widths."""
+    terms = {"rollout": _rollout, "reading": _reading, "update": _update}
+    phases = {}
+    for name in PHASES:
+        found = {term: size for term, size in terms[name](shape, work, widths).items() if size}
+        found["fragmentation"] = sum(found.values()) * (FRAGMENTATION[work.device] - 1)
+        phases[name] = found
+    return Plan(widths, _stays(shape, work), phases)
+
+
+def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> Shape:
+    """The shape of a base by its recipe name: a GGUF file's header, a folder's config.json, the package's list, or the hub's config.json."""
+    gguf = None if name == EMBEDDED else find_gguf(name, beside)
+    if gguf is not None:
+        return Shape.of_gguf(gguf, name)
+    for folder in (beside / Path(name).expanduser(), Path(name).expanduser()):
+        if (folder / "config.json").is_file():
+            try:
+                return Shape.of(json.loads((folder / "config.json").read_text("utf-8")), name)
+            except (ValueError, OSError) as error:
+                raise BaseError(f"base {name!r}: {folder / 'config.json'} can't be read ({error}); download it again.") from None
+    if name in known():
+        return Shape.of(known()[name], name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BaseError(f"base {name!r}: no such file or folder; paths are relative to the recipe.")
+    offline_without_network()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision)
+        return Shape.of(json.loads(Path(file).read_text("utf-8")), name)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise BaseError(
+            f"base {name!r}: its config.json can't be had ({said}); connect to the network, log in if it's gated, or name a local folder."
+        ) from None
+
+
+def _stays(shape: Shape, work: Work) -> dict[str, float]:
+    """Bytes that are there in every phase. A CPU keeps the gradients' and the optimizer's memory once it has them."""
+    matrix = shape.vocabulary * shape.hidden * work.bytes
+    trained = shape.adapter_parameters(work.rank)
+    norms = shape.hidden * shape.layers * 2 * work.bytes
+    weights: dict[str, float]
+    if work.quantization == "nf4":
+        weights = {"4-bit weights": shape.linear_weights / 2, "their quantisation state": shape.linear_weights * (NF4_BYTES - 0.5)}
+    else:
+        weights = {"weights": float(shape.linear_weights * work.bytes)}
+    return weights | {
+        "embeddings": matrix * work.on_card + norms,
+        "head": 0.0 if shape.tied else float(matrix),
+        "adapter": 4.0 * trained * (1 + work.ema + work.adapters),
+        "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
+        "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
+        {"cuda": "CUDA context", "cpu": "process after imports"}[work.device]: float(CONTEXT[work.device]),
+    }
+
+
+def _rollout(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
+    rows = min(widths.rows, work.answers)
+    return {
+        "key/value cache": _kv_bytes(shape, work) * (rows * work.longest + work.description_tokens),
+        "activations": float(rows * work.prompt_tokens * _passing(shape, work)),
+        "logits": 4.0 * LOGIT_COPIES * rows * shape.vocabulary,
+        "dequantised weights": 4.0 * shape.linear_weights if widths.fold else _dequantised(shape, work),
+    }
+
+
+def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
+    row = work.longest + work.description_tokens
+    most = max(work.readings * work.prompts, (work.readings + 1) * work.answers)  # an evaluation reads by the policy too
+    tokens = min(max(widths.read_tokens, row), most * row)
+    return {
+        "activations": float(tokens * (_passing(shape, work) + shape.hidden * work.bytes)),
+        "dequantised weights": _dequantised(shape, work),
+    }
+
+
+def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
+    tokens = min(max(widths.update_tokens, work.longest), work.prompts * work.longest)
+    saved = _saved(shape, work)
+    layer_inputs = tokens * shape.hidden * work.bytes * shape.layers
+    return {
+        "activations": float(layer_inputs + tokens * saved) if work.checkpointing else float(tokens * saved * shape.layers),
+        "logits chunk": 4.0 * CHUNK_COPIES * min(widths.chunk_tokens, work.prompts * work.new_tokens) * shape.vocabulary,
+        "gradients": 4.0 * shape.adapter_parameters(work.rank),
+        "dequantised weights": _dequantised(shape, work),
+    }
+
+
+def _passing(shape: Shape, work: Work) -> float:
+    """Bytes a token needs within a layer without a gradient: three of the MLP's, and what attention holds."""
+    attention = 3 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    return work.bytes * max(3 * shape.intermediate + 2 * shape.hidden, float(attention))
+
+
+def _saved(shape: Shape, work: Work) -> float:
+    """Bytes a token's activations take in one layer until its backward pass: the MLP's four, the norms' inputs (float32) and outputs,
+    and attention's query, result and repeated keys and values. Counted on the graph that autograd keeps."""
+    inner = 4 * shape.intermediate + 2 * shape.hidden + 4 * shape.heads * shape.head_dim
+    norms = 2 * shape.hidden + ((shape.heads + shape.kv_heads) * shape.head_dim if shape.model_type == "olmo2" else 0)
+    return work.bytes * inner + 4.0 * norms
+
+
+def _kv_bytes(shape: Shape, work: Work) -> float:
+    """Bytes of a token's keys and values in all layers."""
+    return float(2 * shape.layers * shape.kv_heads * shape.head_dim * work.bytes)
+
+
+def _dequantised(shape: Shape, work: Work) -> float:
+    """The largest linear map in the compute dtype, while it is used."""
+    return float(max(i * o for i, o in shape.linears.values()) * work.bytes) if work.quantization == "nf4" else 0.0
+
+
+def _descriptions(recipe: Recipe) -> tuple[list[str], int]:
+    """(texts put before the prompts, number of readings)."""
+    behavior, asks_for = recipe.behavior, readings_of(recipe.superior.estimator)
+    sides = ("wanted", "unwanted")
+    pairs: list[Behavior | Principle] = [behavior, *behavior.mixture]
+    texts = []
+    for pair in pairs:
+        shown = " ".join(f"{turn.user} {max(turn.wanted, turn.unwanted, key=len)}" for turn in pair.demonstrations)
+        texts += [f"{text} {shown}" for side in sides if (text := getattr(pair, side)) or shown]
+    readings = 2 * len(behavior.mixture) if "behaviors" in asks_for else len(asks_for)
+    return texts, 1 + readings
+
+
+def _longest_prompt(recipe: Recipe) -> int:
+    """No fewer tokens than the longest local prompt has (two bytes a token); what isn't a local text file may be of any length."""
+    longest = 0
+    for source in (recipe.prompts.train, recipe.prompts.eval, recipe.prompts.outside, recipe.prompts.contrary):
+        for one in source if isinstance(source, tuple) else (source,) if source is not None else ():
+            path = recipe.folder / one if isinstance(one, str) else None
+            if path is None or path.suffix not in (".jsonl", ".txt") or not path.is_file():
+                return recipe.prompts.max_tokens
+            longest = max(longest, *(len(line) for line in path.read_bytes().splitlines() or [b""]))
+    return longest // 2 + 24
+
+
+def _tokens(text: str) -> int:
+    """About how many tokens a text is, its turn's marks included."""
+    return len(text) // 4 + 12

@@ -1,0 +1,92 @@
+"""How much is computed at once in each phase, and what happens when it was too much: halve, say so once, go on with the same result."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from iqlite.errors import BaseError
+from iqlite.recipe.schema import Recipe
+
+WORDS = {
+    "rollout_tokens": "tokens of answers decoded at once",
+    "read_tokens": "tokens in one reading",
+    "update_tokens": "tokens in one backward pass",
+}
+
+
+@dataclass
+class Sizes:
+    """Answers decoded at once (at most, and by the tokens that they come to), tokens in a forward without and with a gradient,
+    tokens through the head at once, and whether a CPU decodes with one float32 matrix for each adapted layer.
+
+    They change memory and time, not the result (rounding and ties within rounding apart), so that they may shrink within a run.
+    """
+
+    rows: int
+    rollout_tokens: int
+    read_tokens: int
+    update_tokens: int
+    chunk_tokens: int
+    fold: bool = False
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+
+    def record(self) -> dict[str, int]:
+        """The numbers, for the run directory: a resumed run goes on with them."""
+        return {name: value for name, value in asdict(self).items() if name != "say"}
+
+    def restore(self, record: dict[str, int]) -> None:
+        """Puts recorded numbers back; whether to fold is this machine's."""
+        for name, value in record.items():
+            if name != "fold":
+                setattr(self, name, value)
+
+    def together(self, tokens: int) -> int:
+        """How many answers are decoded at once, if the longest may come to that many tokens with its prompt."""
+        return max(1, min(self.rows, self.rollout_tokens // tokens))
+
+    @contextmanager
+    def fitting(self, which: str, rows: int, tokens: int) -> Iterator[list[bool]]:
+        """Runs the block, which does `rows` rows of `tokens` tokens each at once; after an out-of-memory halves `which` and appends
+        to the list it gave: run the block again. At one row there is nothing left to halve: BaseError names the keys.
+        """
+        again: list[bool] = []
+        try:
+            yield again
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # the failed forward's tensors hang in its frames
+            if rows <= 1:
+                raise BaseError(
+                    "memory is full even with one row at a time; lower rollout.max_new_tokens, prompts.max_tokens or train.chunk_tokens with --set, or choose a smaller base (see iqlite plan)."
+                ) from None
+            fewer = rows // 2 * tokens
+            setattr(self, which, fewer)
+            again.append(True)
+        if again:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[which]} from now on; the result stays the same.")
+
+
+@contextmanager
+def within_memory(recipe: Recipe, how: str) -> Iterator[None]:
+    """A card that is too small, as one sentence with the keys that help and `how` to change them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BaseError(
+            f"{recipe.path}: memory is full; lower rollout.max_new_tokens ({recipe.rollout.max_new_tokens}), prompts.max_tokens ({recipe.prompts.max_tokens}) or train.chunk_tokens {how}."
+        ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a card's or a CPU allocator's out-of-memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,160 @@
+"""How long a step takes on a machine: its rates (measured by `iqlite bench`, or a card's data sheet) and the work of each phase.
+
+Decoding is bound by what each token reads of memory, reading and updating by arithmetic: three rates say it all. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from iqlite.base.architectures import Shape
+from iqlite.errors import RecipeError
+from iqlite.machine.memory import Widths, Work
+from iqlite.places import cache_folder
+from iqlite.recipe.schema import Recipe
+
+BENCH_FILE = "bench.json"
+REACHED = {"decode": 0.5, "read": 0.4, "update": 0.35}  # shares of a data sheet's figures that libraries reach; ours, not measured
+DEQUANTISED = 0.5 + 2 * 2  # bytes a weight and pass: 4 bits read, 16 bits written and read again
+TYPICAL_PROMPT = 128  # tokens, where the prompts aren't at hand to be looked at; ours
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second while decoding; floating-point operations a second of readings and of updates. `source`: where from."""
+
+    decode: float
+    read: float
+    update: float
+    source: str
+    machine: str = ""
+
+    @classmethod
+    def of_card(cls, name: str) -> Rates:
+        """From the data sheet."""
+        card = cards()[name]
+        tflops = 1e12 * card["tflops"]
+        return cls(REACHED["decode"] * 1e9 * card["bandwidth_gb_s"], REACHED["read"] * tflops, REACHED["update"] * tflops, "the data sheet")
+
+    @classmethod
+    def measured(cls, machine: str) -> Rates | None:
+        """What `iqlite bench` measured on a machine of that name ("cpu", or the card's); None before it ran there."""
+        try:
+            found = cls(**json.loads((cache_folder() / BENCH_FILE).read_text("utf-8"))["rates"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if found.machine == machine else None
+
+    @classmethod
+    def here(cls, card: str) -> Rates | None:
+        """A card's: measured or by the data sheet, whichever is quicker (small models are bound by launching kernels)."""
+        try:
+            sheet = cls.of_card(card_named(card))
+        except RecipeError:
+            return cls.measured(card)
+        measured = cls.measured(card)
+        if measured is None:
+            return sheet
+        quicker = {name: max(getattr(sheet, name), getattr(measured, name)) for name in ("decode", "read", "update")}
+        return replace(measured, **quicker)
+
+    def record(self) -> dict[str, Any]:
+        """For bench.json."""
+        return asdict(self)
+
+
+@cache
+def cards() -> Mapping[str, Mapping[str, Any]]:
+    """Cards by name: memory_gb, bandwidth_gb_s, tflops (16-bit, dense), bf16."""
+    found: dict[str, dict[str, Any]] = json.loads(files("iqlite").joinpath("data/cards.json").read_text("utf-8"))["cards"]
+    return found
+
+
+def card_named(name: str) -> str:
+    """The card that a name means, whatever its case and maker's prefix; RecipeError names near ones."""
+    import difflib
+
+    plain = {key.lower(): key for key in cards()}
+    asked = name.lower().replace(" gb", "gb").replace("laptop gpu", "laptop")
+    words = set(asked.replace("-", " ").split()) - {"nvidia", "geforce", "tesla"}
+    within = [key for key in plain if set(key.split()) <= words]
+    if within:
+        return plain[max(within, key=len)]
+    near = difflib.get_close_matches(asked, plain, 3, 0.5) or list(plain)[:3]
+    raise RecipeError(f"--card {name!r} isn't a card in the list; did you mean {', '.join(plain[n] for n in near)}? Or give --vram 8GB.")
+
+
+def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int) -> dict[str, float]:
+    """Bytes to decode, and operations to prefill and read, and to update, in one step with prompts of that many tokens."""
+    weights, head = shape.linear_weights, shape.vocabulary * shape.hidden
+    answers = work.prompts * work.new_tokens
+    tokens = work.prompts * (prompt_tokens + work.new_tokens)
+    passes = work.new_tokens * -(-work.prompts // widths.rows)
+    if work.device == "cpu":
+        per_weight = 4.0 if widths.fold or work.quantization == "none" else 0.5 + 2 * 4
+    elif work.quantization == "none":
+        per_weight = 2.0
+    else:
+        per_weight = DEQUANTISED if min(widths.rows, work.prompts) > 1 else 0.5
+    return {
+        "decode": passes * (per_weight * weights + work.bytes * head),
+        "read": 2.0 * weights * (work.prompts * prompt_tokens + work.readings * tokens),
+        "update": 2.0 * weights * tokens * (3 if work.checkpointing else 2) + 2.0 * head * answers * (work.readings + 2),
+    }
+
+
+def seconds_of_step(shape: Shape, work: Work, widths: Widths, rates: Rates, prompt_tokens: int) -> float:
+    """Seconds of one step: rollout, readings and update. Rows are reckoned for the longest prompts: shorter ones decode wider."""
+    rows = max(widths.rows, widths.rows * work.longest // (prompt_tokens + work.new_tokens))
+    needed = work_of_step(shape, work, replace(widths, rows=rows), prompt_tokens)
+    return needed["decode"] / rates.decode + needed["read"] / rates.read + needed["update"] / rates.update
+
+
+def typical_prompt(recipe: Recipe, longest: int) -> int:
+    """Tokens of a usual training prompt: looked up in a local file's first lines, else a guess."""
+    source = recipe.prompts.train
+    path = recipe.folder / source if isinstance(source, str) else None
+    if path is None or not path.is_file():
+        return min(TYPICAL_PROMPT, longest)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = [len(line) for _, line in zip(range(200), file, strict=False)]
+    return min(longest, max(8, sum(lines) // max(1, len(lines)) // 4 + 8))
+
+
+def prompts_of(recipe: Recipe) -> int | None:
+    """How many training prompts there are, where that can be told without loading them."""
+    source = recipe.prompts.train
+    counts: list[int | None] = []
+    for one in source if isinstance(source, tuple) else (source,):
+        path = recipe.folder / one if isinstance(one, str) else None
+        if path is not None and path.is_file() and path.suffix in (".jsonl", ".txt"):
+            counts.append(sum(1 for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()))
+        else:
+            counts.append(getattr(one, "limit", None))
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def steps_of(recipe: Recipe) -> int | None:
+    """Steps of the whole run, where that can be told."""
+    if recipe.train.epochs is None:
+        return recipe.total_steps(1)
+    prompts = prompts_of(recipe)
+    return None if prompts is None else recipe.total_steps(prompts)
+
+
+def card_here() -> tuple[str, float] | None:
+    """(name, free bytes) of the first card, asked of the driver's own tool: importing torch would take seconds."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
+        )
+        name, free = asked.stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(free) * 2**20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None

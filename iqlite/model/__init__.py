@@ -1,0 +1,1 @@
+"""The one model at work: its roles, its forward passes, decoding."""

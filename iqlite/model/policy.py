@@ -1,0 +1,259 @@
+"""One base model, four roles: LoRA adapters on it are toggled, never copied. The only module that toggles adapters.
+
+policy = base with the trained adapter; reference = the bare base, every adapter off; ema = a slow average of the adapter; a frozen
+adapter by its name. `with policy.acting_as(role):` is for scoring and sampling: evaluation mode, no gradient, restored on exit.
+Outside such a block the model is the policy, in training mode, with gradients in exactly the pinned list of adapter parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from iqlite.base.identity import check_adapter
+from iqlite.base.loading import Base, first_line
+from iqlite.errors import AdapterError
+from iqlite.model.head import Head
+from iqlite.model.keyvalues import Prefix, Seen, before_rows
+from iqlite.model.linear import folded as into_one
+from iqlite.model.linear import make_lean
+
+TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
+LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; ours
+
+
+class Policy:
+    """The base with its adapters, the optimizer's pinned parameters, and the head."""
+
+    def __init__(self, base: Base, *, rank: int, alpha: float, seed: int, start: Path | None = None, checkpointing: bool = False):
+        """Puts a fresh LoRA (B = 0, so the policy starts as the reference) or the adapter in `start` on the base's linear layers."""
+        self.base = base
+        self.head = Head.of(base.model)
+        self.decoder = base.model.get_decoder()
+        self.device: torch.device = base.device
+        if start is None:
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)  # LoRA's A is drawn while the adapter is attached
+                self.model: Any = get_peft_model(base.model, config, adapter_name=TRAINED)
+        else:
+            check_adapter(start, base.identity)
+            with _fitting(start, base):
+                self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
+        self.model.peft_config[TRAINED].base_model_name_or_path = base.name
+        without_dropout(self.model)
+        self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
+        self._role: str | None = None
+        self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
+        # A prefix stands further from padded rows than it seems, which a sliding window would notice.
+        self._window: float = getattr(base.model.config, "sliding_window", None) or math.inf
+        make_lean(self.model)
+        if checkpointing:
+            recompute_layers(self.decoder)
+        self.model.train()
+
+    @property
+    def rank(self) -> int:
+        """Rank of the trained LoRA; an adapter that was started from brings its own."""
+        return int(self.model.peft_config[TRAINED].r)
+
+    @property
+    def alpha(self) -> float:
+        """Scale of the trained LoRA, likewise."""
+        return float(self.model.peft_config[TRAINED].lora_alpha)
+
+    @contextmanager
+    def acting_as(self, role: str, *, folded: bool = False) -> Iterator[None]:
+        """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients.
+
+        `folded` makes one matrix of base and adapter for the length of the block (`linear.folded`: float32 only).
+        """
+        assert self._role is None, f"already acting as {self._role}: role blocks don't nest"
+        tuner = self.model.base_model
+        self._role = role
+        self.model.eval()
+        try:
+            if role == "reference":
+                tuner.disable_adapter_layers()
+            elif role != "policy":
+                tuner.set_adapter(role)
+            with torch.no_grad(), into_one(self.model) if folded else nullcontext():
+                yield
+        finally:
+            if role == "reference":
+                tuner.enable_adapter_layers()
+            elif role != "policy":
+                tuner.set_adapter(TRAINED)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self.parameters)
+            self.model.train()
+            self._role = None
+
+    def hidden_states(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int, shared: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        """Last hidden states [B, width, D] (compute dtype, after the final norm) at the positions that predict the responses.
+
+        `shared` are the ids that each row's prompt begins with, as many other rows' do (empty for none): what they come to is computed
+        once and not for every row. Sequences are padded on the right, where a causal model's real tokens can't see the padding.
+        Rows shorter than `width` end in zeros.
+        """
+        window = max(map(len, prompts)) + max(map(len, responses))
+        begun = self.begun(prompts, shared, longest=window)
+        # The last response token predicts nothing that is asked for.
+        rows = [[*p, *r[:-1]][0 if start is None else len(start) :] for p, r, start in zip(prompts, responses, begun, strict=True)]
+        longest = max(map(len, rows))
+        ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        cache = before_rows(begun)
+        if cache is None:
+            hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+        else:
+            done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
+            before = int(done_B.max())
+            real_BL = torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None]
+            hidden_BLD = self.decoder(
+                input_ids=ids_BL,
+                attention_mask=real_BL,
+                position_ids=done_B[:, None] + torch.arange(longest, device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        batch = []
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            start = begun[row]
+            at = len(prompt) - (0 if start is None else len(start)) - 1  # the state before the first response token
+            used = hidden_BLD[row, at : at + len(response)]
+            batch.append(torch.nn.functional.pad(used, (0, 0, 0, width - len(response))))
+        return torch.stack(batch)
+
+    def prefix(self, ids: Sequence[int]) -> Prefix:
+        """Keys and values of `ids` as the model reads them now; those of weights that don't move are kept for the whole run."""
+        key = (self._role or "", tuple(ids))
+        if key in self._prefixes:
+            return self._prefixes[key]
+        seen = Seen(len(self.decoder.layers))
+        self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=seen, use_cache=True)
+        made = Prefix.of(ids, seen)
+        if self._role not in (None, "policy", "ema"):
+            self._prefixes[key] = made
+        return made
+
+    def forget_prefixes(self) -> None:
+        """Frees the prefixes kept so far, for who tries many descriptions; those still needed are read again."""
+        self._prefixes.clear()
+
+    def begun(self, prompts: Sequence[Sequence[int]], shared: Sequence[Sequence[int]], *, longest: int) -> list[Prefix | None]:
+        """The prefix that each row starts with, where sharing one saves work and changes nothing."""
+        uses = Counter(tuple(start) for start in shared)
+        moving = self._role in (None, "policy", "ema")
+        made: dict[tuple[int, ...], Prefix] = {}
+        begun: list[Prefix | None] = []
+        for prompt, start in zip(prompts, shared or [()] * len(prompts), strict=True):
+            ids = tuple(start)
+            starts = 0 < len(ids) < len(prompt) and tuple(prompt[: len(ids)]) == ids
+            shares = starts and longest <= self._window and (uses[ids] > 1 or not moving)
+            if shares and ids not in made:
+                made[ids] = self.prefix(ids)
+            begun.append(made[ids] if shares else None)
+        return begun
+
+    def strengthen(self, factor: float) -> None:
+        """Multiplies the trained adapter's part by `factor` from now on: 1 is as trained, 0 the bare base."""
+        for module in self.model.modules():
+            if hasattr(module, "set_scale") and TRAINED in getattr(module, "scaling", {}):
+                module.set_scale(TRAINED, factor)
+
+    def add_ema(self) -> None:
+        """Adds the slow average, equal to the policy now."""
+        self._add("ema", self.model.peft_config[TRAINED], self.state())
+
+    def update_ema(self, rate: float) -> None:
+        """ema ← (1 − rate)·ema + rate·policy."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self._named[name.replace(f".{TRAINED}.", ".ema.")].lerp_(parameter, rate)
+
+    def add_frozen(self, name: str, folder: Path) -> None:
+        """Loads another adapter of this base for reading (`acting_as(name)`); AdapterError if it isn't one of this base."""
+        check_adapter(folder, self.base.identity)
+        with _fitting(folder, self.base):
+            self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        self._pin()
+
+    def state(self, name: str = TRAINED) -> dict[str, Tensor]:
+        """An adapter's tensors under PEFT's file names, float32, on the host."""
+        state: Mapping[str, Tensor] = get_peft_model_state_dict(self.model, adapter_name=name)
+        return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], name: str = TRAINED) -> None:
+        """Puts an adapter's tensors back, to the bit."""
+        set_peft_model_state_dict(self.model, dict(state), adapter_name=name)
+
+    def save_adapter(self, folder: Path, name: str = TRAINED, *, step: int | None = None) -> None:
+        """Writes adapter_config.json, adapter_model.safetensors (which says the `step` it is of) and the base's identity into an existing, private folder."""
+        from safetensors.torch import save_file
+
+        config = self.model.peft_config[name]
+        inference_mode, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = inference_mode
+        metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
+        save_file(self.state(name), folder / "adapter_model.safetensors", metadata)
+        self.base.identity.write(folder)
+
+    def _add(self, name: str, config: Any, state: Mapping[str, Tensor]) -> None:
+        self.model.add_adapter(name, config)
+        self.load_state(state, name)
+        self._pin()
+
+    def _pin(self) -> None:
+        self._named = dict(self.model.named_parameters())
+        for name, parameter in self._named.items():
+            parameter.requires_grad_(name in self.parameters)
+
+
+def recompute_layers(decoder: Any) -> None:
+    """Activation checkpointing: a layer's backward pass computes its activations again instead of keeping them.
+
+    transformers' own drops the cache that shared prefixes need.
+    """
+    for layer in decoder.layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def without_dropout(model: Any) -> None:
+    """Some bases (attention) and adapters drop units out while training: the policy that learns must be the one that answered."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+@contextmanager
+def _fitting(folder: Path, base: Base) -> Iterator[None]:
+    """Says which adapter it is that can't be read, or has other shapes than the base."""
+    try:
+        yield
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(f"{folder} can't be read ({first_line(error)}): save the adapter again.") from None
+    except RuntimeError as error:
+        raise AdapterError(f"{folder} doesn't fit {base.name} ({first_line(error)}): use it with its own base.") from None

@@ -1,0 +1,24 @@
+"""Where folders are: the cache, the shipped recipes, runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+RUNS = Path("runs")
+"""Where runs go that nobody gives a place."""
+
+
+def cache_folder() -> Path:
+    """IQLITE_CACHE, else the platform's cache folder."""
+    if "IQLITE_CACHE" in os.environ:
+        return Path(os.environ["IQLITE_CACHE"]).expanduser()
+    return platformdirs.user_cache_path("iqlite", appauthor=False)
+
+
+def shipped_recipes() -> Path:
+    """The recipes folder: inside an installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "data" / "recipes", package.parent / "recipes") if folder.is_dir())

@@ -1,0 +1,186 @@
+"""Stability rules over the metrics: warn, keep the best, stop. Pure functions of the numbers so far; no torch.
+
+The failure signatures are METHOD's: oscillating loss, degraded held-out metrics, poor out-of-domain behaviour, and those of the
+nearest literature (collapse of entropy, growing repetition and truncation: arXiv 2604.08527). All thresholds are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from iqlite.records import HELD_OUT_KL
+from iqlite.scoring.intervals import FEWEST, paired
+
+FIRST = 3  # steps that say what is normal for this run
+PATIENCE = 3  # steps, or evaluations, in a row before a rule stops the run
+PATIENCE_MEASURE = 2  # evaluations in a row that score below the base
+NO_GRADIENT = 1e-6
+WORSE = 1.25  # times the best held-out KL; less is the noise of a few answers
+SWING = 0.25  # of the first KL; smaller ups and downs are the noise of a few answers
+ROUNDING = 1e-3  # nats a token; a KL that is zero but for rounding never gets worse
+IMPROVEMENT = 0.01  # relative fall of the held-out KL that counts as getting better
+NO_NUMBER = {"best_kl": math.inf, "best_measure": -math.inf}  # before the first evaluation; JSON has no infinity
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says: `stop` ends the run (the best adapter is kept), otherwise it is a warning."""
+
+    rule: str
+    message: str
+    stop: bool = False
+
+
+@dataclass
+class Monitors:
+    """The run's memory of its own metrics. `state`/`restore` make it part of a checkpoint."""
+
+    max_kl_reference: float
+    until_converged: bool = False
+    history: dict[str, list[float]] = field(default_factory=dict)
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
+    best_step: int = 0
+    best_kl: float = math.inf
+    since_best: int = 0
+    base_scores: list[float] = field(default_factory=list)
+    base_measure: str = ""
+    best_measure: float = -math.inf
+    since_measure: int = 0
+
+    def after_step(self, values: dict[str, float]) -> list[Verdict]:
+        """Verdicts on one step's metrics."""
+        finite = all(math.isfinite(values[name]) for name in ("loss", "policy/grad_norm"))
+        verdicts = [
+            self._rule("non-finite", not finite, "the loss or its gradient isn't finite; the step was skipped", stop_after=PATIENCE)
+        ]
+        if finite:
+            verdicts += self._rules(values)
+            for name in ("kl/policy_superior", "reward/variance", "policy/entropy", "response/repetition", "response/truncated_share"):
+                self.history.setdefault(name, []).append(values[name])
+        return [v for v in verdicts if v is not None]
+
+    def _rules(self, values: dict[str, float]) -> list[Verdict | None]:
+        far = values["kl/policy_reference"] > self.max_kl_reference
+        return [
+            self._rule("kl", far, f"KL(policy‖reference) is above train.max_kl_reference = {self.max_kl_reference:g}; lower the strength or the learning rate", stop_after=1),
+            self._rule("gradient", values["policy/grad_norm"] < NO_GRADIENT, "the gradient is zero: the description has no effect on this base, or no response tokens are trained", stop_after=PATIENCE),
+            self._rule("entropy", self._fell("policy/entropy", values, 0.1), "the policy's entropy has fallen below a tenth of its first value: it is collapsing", stop_after=PATIENCE),
+            self._rule("repetition", self._grew("response/repetition", values, 2.0, above=0.25), "answers repeat themselves more and more", stop_after=PATIENCE),
+            self._rule("truncated", self._grew("response/truncated_share", values, 1.5, above=0.5), "more and more answers run into rollout.max_new_tokens", stop_after=2 * PATIENCE),
+            self._rule("variance", self._grew("reward/variance", values, 10.0, above=1.0), "the variance of the reward has grown tenfold", stop_after=2 * PATIENCE),
+            self._rule("oscillation", self._oscillates(values["kl/policy_superior"]), "KL(policy‖superior) swings up and down from step to step; lower the learning rate", stop_after=PATIENCE),
+        ]  # fmt: skip
+
+    def after_eval(self, step: int, values: dict[str, float], scores: Sequence[float] = ()) -> tuple[bool, list[Verdict]]:
+        """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts.
+
+        `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
+        than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops.
+        """
+        kl = values[HELD_OUT_KL]
+        lower, worse = self._behind(scores)
+        better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
+        if better:
+            self.best_kl, self.best_step, self.since_best = kl, step, 0
+        else:
+            self.since_best += 1
+        self._measured(scores)
+        verdicts = [
+            self._rule(
+                "measure",
+                worse,
+                "held-out answers score lower by the recipe's measure than the base's own, beyond chance: the target points the wrong way",
+                stop_after=PATIENCE_MEASURE,
+            ),
+            self._rule(
+                "held-out",
+                not kl <= WORSE * self.best_kl + ROUNDING,
+                "the held-out KL(policy‖superior) is getting worse",
+                stop_after=PATIENCE,
+                warn_after=2,
+            ),
+        ]
+        verdicts.append(self._rule("held-out answers", self._degraded("eval", values), "held-out answers repeat themselves or run into rollout.max_new_tokens more and more", stop_after=PATIENCE))  # fmt: skip
+        if "outside/kl_policy_reference" in values:
+            bad = self._degraded("outside", values) or values["outside/kl_policy_reference"] > self.max_kl_reference
+            verdicts.append(self._rule("outside", bad, "answers outside the domain are getting worse", stop_after=PATIENCE))
+        if self.until_converged and self.since_best >= PATIENCE and (not scores or self.since_measure >= PATIENCE):
+            verdicts.append(
+                Verdict("converged", f"converged: the held-out KL(policy‖superior) hasn't fallen since step {self.best_step}", stop=True)
+            )
+        return better, [v for v in verdicts if v is not None]
+
+    def state(self) -> dict[str, Any]:
+        """Everything above as JSON data."""
+        return {name: None if name in NO_NUMBER and math.isinf(value) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Monitors:
+        """What `state` returned, as it was."""
+        return cls(**{**state, **{name: blank for name, blank in NO_NUMBER.items() if state.get(name) is None}})
+
+    def _behind(self, scores: Sequence[float]) -> tuple[bool, bool]:
+        """(lower than the base's by more than a standard error, lower beyond chance) of paired scores."""
+        if not scores:
+            return False, False
+        difference_P = np.array(scores) - np.array(self.base_scores)
+        error = float(difference_P.std(ddof=1) / len(difference_P) ** 0.5) if len(difference_P) > 1 else math.inf
+        beyond = len(difference_P) >= FEWEST and paired(difference_P[:, None]).high < 0
+        return float(difference_P.mean()) < -error, beyond
+
+    def _measured(self, scores: Sequence[float]) -> None:
+        """How many evaluations it is since the measure was at its highest."""
+        mean = statistics.fmean(scores) if scores else -math.inf
+        if mean > self.best_measure:
+            self.best_measure, self.since_measure = mean, 0
+        else:
+            self.since_measure += 1
+
+    def _rule(self, rule: str, broken: bool, message: str, stop_after: int | None = None, warn_after: int = 1) -> Verdict | None:
+        """Counts a rule's breaches in a row: `warn_after` in a row warn, once a run; `stop_after` in a row stop."""
+        self.in_a_row[rule] = self.in_a_row.get(rule, 0) + 1 if broken else 0
+        if stop_after is not None and self.in_a_row[rule] >= stop_after:
+            return Verdict(rule, f"{message} ({self.in_a_row[rule]} in a row).", stop=True)
+        if self.in_a_row[rule] >= warn_after and rule not in self.warned:
+            self.warned.append(rule)
+            return Verdict(rule, f"{message}.")
+        return None
+
+    def _first(self, name: str) -> float | None:
+        seen = self.history.get(name, [])
+        return statistics.fmean(seen[:FIRST]) if len(seen) >= FIRST else None
+
+    def _fell(self, name: str, values: dict[str, float], to: float) -> bool:
+        first = self._first(name)
+        return first is not None and values[name] < to * first
+
+    def _grew(self, name: str, values: dict[str, float], times: float, above: float) -> bool:
+        first = self._first(name)
+        return first is not None and values[name] > above and values[name] > times * first
+
+    def _degraded(self, name: str, values: dict[str, float]) -> bool:
+        """Repetition or truncation of an evaluation's answers has grown well beyond what its first evaluations showed."""
+        if f"{name}/repetition" not in values:
+            return False
+        seen = {f"{name}/repetition": values[f"{name}/repetition"], f"{name}/truncated": 1.0 - values[f"{name}/ended_share"]}
+        worse = self._grew(f"{name}/repetition", seen, 2.0, above=0.25) or self._grew(f"{name}/truncated", seen, 1.5, above=0.5)
+        for key, value in seen.items():
+            self.history.setdefault(key, []).append(value)
+        return worse
+
+    def _oscillates(self, kl: float) -> bool:
+        """Eight changes in a row that turn each time, none of them small beside what the run began with (the loss's own sign and
+        scale differ between objectives; the KL's don't)."""
+        first = self._first("kl/policy_superior")
+        last = [*self.history.get("kl/policy_superior", []), kl][-9:]
+        changes = [b - a for a, b in itertools.pairwise(last)]
+        turns = sum(a * b < 0 for a, b in itertools.pairwise(changes))
+        return first is not None and len(last) == 9 and turns == 7 and min(map(abs, changes)) > SWING * first

@@ -1,0 +1,88 @@
+"""Read the responses under the descriptions: hidden states per reading, from the one base, without a gradient.
+
+Positions are aligned by gathering the response's positions of each reading on its own; response ids are never re-tokenised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from iqlite.machine.sizes import Sizes
+from iqlite.model.policy import Policy
+from iqlite.recipe.prompts import Chat, Description
+from iqlite.records import Rollout, SuperiorScores
+
+PLAIN = ("reference", "policy")  # readings of every row; the others make π̃
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of the responses: its name, the weights that read (a role), and the description before the request."""
+
+    name: str
+    role: str
+    description: Description | None = None
+
+
+def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Reading], sizes: Sizes) -> SuperiorScores:
+    """Each reading's hidden states [B, T, D] at the response's positions. METHOD's step 3.
+
+    Readings by the same weights share forwards of at most `sizes.read_tokens` tokens, longest rows first: each layer is dequantised once for all.
+    A contrary row is read plain only, and its states stand for all readings that π̃ is made of: Δ = 0, so that by (3) its target is π_ref to the bit.
+    """
+    width = rollout.tokens_BT.shape[1]
+    responses = [rollout.response_ids(row) for row in range(len(rollout.index))]
+    hidden: dict[str, torch.Tensor] = {}
+    for role in dict.fromkeys(reading.role for reading in readings):
+        jobs = [
+            (reading.name, row, chat.ids(request, reading.description), chat.shared(reading.description))
+            for reading in readings
+            if reading.role == role
+            for row, request in enumerate(rollout.requests)
+            if reading.name in PLAIN or not rollout.is_contrary(row)
+        ]
+        if not jobs:  # all rows are contrary
+            continue
+        lengths = [len(prompt) + len(responses[row]) - len(start) for _, row, prompt, start in jobs]
+        with policy.acting_as(role):
+            left = list(range(len(jobs)))
+            while left:
+                part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
+                names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
+                with sizes.fitting("read_tokens", len(part), lengths[part[0]]) as again:
+                    states = policy.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
+                if again:
+                    continue
+                for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
+                    hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
+                left = [i for i in left if i not in set(part)]
+    for name in (reading.name for reading in readings if reading.name not in PLAIN and rollout.contrary):
+        at = len(responses) - rollout.contrary
+        hidden.setdefault(name, torch.zeros_like(hidden["reference"]))[at:] = hidden["reference"][at:]
+    return SuperiorScores(hidden)
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Row numbers in as few batches of at most `tokens` tokens with padding as there can be (one row at least), evenly filled.
+
+    Longest rows first: what doesn't fit fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def room(at: int) -> int:
+        return max(1, tokens // max(1, lengths[order[at]]))
+
+    parts, at = 0, 0
+    while at < len(order):
+        parts, at = parts + 1, at + room(at)
+    made: list[list[int]] = []
+    at = 0
+    while at < len(order):
+        rows = min(room(at), math.ceil((len(order) - at) / (parts - len(made))))
+        made.append(order[at : at + rows])
+        at += rows
+    return made

@@ -1,0 +1,121 @@
+"""METHOD's steps 4 and 5 on one rollout: token rewards, the objective's gradient by micro-batches, the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from iqlite.method.loss import TokenStatistics, chunked_loss, chunked_statistics
+from iqlite.method.objectives import advantages
+from iqlite.records import Rollout, SuperiorScores
+from iqlite.training.optimizer import apply_update
+from iqlite.training.readings import batches as in_batches
+from iqlite.training.session import Session
+
+
+def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorScores, rate: float) -> tuple[TokenStatistics, float]:
+    """Equations (4) and (5) on one rollout: `updates_per_rollout` optimizer steps, each accumulated over micro-batches.
+
+    Returns the statistics of the first update's tokens (where policy and rollout agree) and the last gradient norm. Micro-batches
+    add up to one masked mean over all response tokens, so their size doesn't change the result beyond rounding.
+    """
+    policy, recipe = session.policy, session.recipe
+    total_tokens = int(rollout.mask_BT.sum())
+    assert total_tokens > 0, "no response tokens to train on"
+    old_logp_BT, advantage_BT = rollout_advantages(session, rollout, scores)
+    first: TokenStatistics | None = None
+    norm = math.nan
+    for _ in range(recipe.train.updates_per_rollout):
+        again = [True]
+        while again:  # out of memory: the whole gradient once more, in smaller parts
+            optimizer.zero_grad(set_to_none=True)
+            parts: list[TokenStatistics] = []
+            batches = micro_batches(session, rollout)
+            widest = max(batches, key=len)
+            with session.sizes.fitting("update_tokens", len(widest), row_tokens(session, rollout, widest[0])) as again:
+                for rows in batches:
+                    parts.append(backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
+        first = first or TokenStatistics.join(parts)
+        norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
+        optimizer.zero_grad(set_to_none=True)  # the next rollout can use their memory
+        if recipe.superior.weights == "ema":
+            policy.update_ema(recipe.superior.ema_rate)
+    assert first is not None
+    return first, norm
+
+
+def backward(
+    session: Session,
+    rollout: Rollout,
+    scores: SuperiorScores,
+    rows: list[int],
+    total_tokens: int,
+    old_logp_BT: torch.Tensor | None,
+    advantage_BT: torch.Tensor | None,
+) -> TokenStatistics:
+    """Adds some rows' part of the gradient. A function of its own: after an out-of-memory nothing of its graph stays alive."""
+    policy, mask_bT = session.policy, rollout.mask_BT[rows]
+    loss, statistics = chunked_loss(
+        policy.head,
+        policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
+        rollout.tokens_BT[rows][mask_bT],
+        {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
+        session.scoring,
+        session.objective,
+        total_tokens=total_tokens,
+        chunk_tokens=session.sizes.chunk_tokens,
+        loss_scale=policy.loss_scale,
+        old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
+        advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    if rollout.contrary:
+        contrary_bT = torch.tensor([rollout.is_contrary(row) for row in rows])[:, None].expand_as(mask_bT)
+        statistics.values["contrary"] = contrary_bT[mask_bT].float()
+    return statistics
+
+
+def policy_states(session: Session, rollout: Rollout, rows: list[int]) -> torch.Tensor:
+    """The policy's hidden states [b, T, D] at the response's positions of some rows; with a gradient outside role blocks."""
+    start = session.chat.shared()
+    return session.policy.hidden_states(
+        [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], rollout.mask_BT.shape[1], [start] * len(rows)
+    )
+
+
+def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScores) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(log π_old, Â) [B, T] for objectives with a `gamma`: rewards under the policy before the update, computed once a rollout.
+
+    log π_old comes from the training forward with the same micro-batches, so that ρ is exactly 1 at the first update.
+    """
+    settings, policy = session.recipe.objective.settings(), session.policy
+    if "gamma" not in settings:
+        return None, None
+    logp_BT, reward_BT = torch.zeros(rollout.mask_BT.shape), torch.zeros(rollout.mask_BT.shape)
+    for rows in micro_batches(session, rollout):
+        mask_bT = rollout.mask_BT[rows]
+        with policy.acting_as("policy"):
+            hidden_bTD = policy_states(session, rollout, rows)
+        hidden = {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()}
+        values = chunked_statistics(
+            policy.head, hidden_bTD[mask_bT.to(policy.device)], rollout.tokens_BT[rows][mask_bT], hidden, session.scoring,
+            chunk_tokens=session.sizes.chunk_tokens,
+        ).values  # fmt: skip
+        for target_BT, name in ((logp_BT, "logp"), (reward_BT, "reward")):
+            part_bT = torch.zeros(mask_bT.shape)
+            part_bT[mask_bT] = values[name]
+            target_BT[rows] = part_bT
+    return logp_BT, advantages(reward_BT, rollout.mask_BT, gamma=float(settings["gamma"]), centre=bool(settings["centre"]))
+
+
+def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:
+    """Row numbers in batches of at most `sizes.update_tokens` tokens, longest rows first."""
+    lengths = [row_tokens(session, rollout, row) for row in range(len(rollout.index))]
+    return in_batches(lengths, session.sizes.update_tokens)
+
+
+def row_tokens(session: Session, rollout: Rollout, row: int) -> int:
+    """Tokens that a row adds to a forward: its prompt without what all share, and its answer."""
+    return len(rollout.prompt_ids[row]) + int(rollout.mask_BT[row].sum()) - len(session.chat.shared())
