@@ -27,3 +27,8 @@ class RunError(IqliteError):
 
 class AimError(IqliteError):
     """The target points the wrong way: training would take away what it should give."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, without a final full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

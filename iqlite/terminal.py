@@ -13,6 +13,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -75,6 +76,40 @@ def counting(console: Console, what: str, *, quiet: bool = False) -> Progress:
     """A bar of things done on a terminal, with what is left; nothing elsewhere."""
     columns = (TextColumn(f"{what}: {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+
+
+class Watch:
+    """Long work as a person sees it: notes on the way, and bars of things done; `quiet` bars are for work that itself talks."""
+
+    def __init__(self, out: Console):
+        self.out = out
+
+    def note(self, text: str) -> None:
+        """A line that is only for the moment."""
+        self.out.print(f"[dim]{clean(text)}[/]")
+
+    @contextmanager
+    def counting(self, what: str, total: int, *, quiet: bool = False) -> Iterator[Count]:
+        """A bar of `total` things on a terminal; elsewhere a line whenever another kind of them begins."""
+        with counting(self.out, what, quiet=quiet) as progress:
+            yield Count(progress, progress.add_task("", total=total), what, self.out)
+
+
+class Count:
+    """A bar that is being filled."""
+
+    def __init__(self, progress: Progress, task: TaskID, what: str, out: Console):
+        self.progress, self.task, self.what, self.out = progress, task, what, out
+
+    def advance(self, number: int) -> None:
+        """So many more are done."""
+        self.progress.advance(self.task, number)
+
+    def now(self, name: str) -> None:
+        """What is being done now."""
+        self.progress.update(self.task, description=clean(name))
+        if self.progress.disable:
+            self.out.print(f"{self.what}: {clean(name)}")
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import pytest
 from iqlite.cli import main
 from iqlite.recipe.schema import Recipe, parse_recipe
 from iqlite.run.rundir import RunDir
-from iqlite.training.session import Session, environment, open_session
+from iqlite.training.opening import environment, open_session
+from iqlite.training.session import Session
 from tests.tiny import save_tiny, shake
 
 

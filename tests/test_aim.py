@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 import torch
 
-from iqlite.aim.look import NONE, RIGHT, WRONG, direction, look, spread_by_kind
+from iqlite.aim.look import NONE, RIGHT, WRONG, direction, look
 from iqlite.commands.init import derived
 from iqlite.errors import PromptsError
 from iqlite.evaluation.answers import Answerer, collect
@@ -24,9 +24,9 @@ from iqlite.recipe.prompts import hold_back, load_prompts
 from iqlite.recipe.schema import Recipe, to_data
 from iqlite.records import HELD_OUT_KL, Prompts, Rollout
 from iqlite.run.rundir import RunDir
-from iqlite.training.loop import prompts_and_contrary
 from iqlite.training.measuring import by_kind, harmless, log_odds
 from iqlite.training.monitors import Monitors
+from iqlite.training.order import prompts_and_contrary, spread_by_kind
 from iqlite.training.readings import Reading, read
 from iqlite.training.session import Session
 from iqlite.training.update import update

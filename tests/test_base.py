@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from iqlite.base.architectures import SUPPORTED
-from iqlite.base.gguf_files import EMBEDDED, embedded
-from iqlite.base.identity import is_hub_id
-from iqlite.base.loading import explain, load_base, locate
+from iqlite.base.loading import load_base
+from iqlite.base.names import EMBEDDED, embedded, explain, is_hub_id, locate
 from iqlite.errors import BaseError
 from iqlite.places import cache_folder
 from tests.tiny import save_tiny

@@ -17,11 +17,11 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from iqlite.chat import conversation as verb
 from iqlite.chat.speaker import Speaker
-from iqlite.commands import chat as verb
 from iqlite.model.sampling import Sampler
 from iqlite.run.rundir import RunDir
-from iqlite.training.session import readings
+from iqlite.training.readings import readings
 
 TURNS = ({"role": "user", "content": "What is it good for?"},)
 
@@ -79,9 +79,9 @@ def test_strength_and_scale_change_who_speaks(speaker: Speaker) -> None:
     weak = speaker.with_strength(0.0)
     assert list(weak.speak("superior", TURNS, sampler)) == list(speaker.speak("base", TURNS, sampler))
     policy = list(speaker.speak("policy", TURNS, sampler))
-    speaker.policy.strengthen(0.0)
+    speaker.policy.scale_adapter(0.0)
     assert list(speaker.speak("policy", TURNS, sampler)) == list(speaker.speak("base", TURNS, sampler)) != policy
-    speaker.policy.strengthen(1.0)
+    speaker.policy.scale_adapter(1.0)
     assert list(speaker.speak("policy", TURNS, sampler)) == policy
 
 
@@ -158,7 +158,7 @@ def test_a_talk_with_commands(speaker: Speaker, tmp_path: Path, monkeypatch: pyt
 
 
 def test_turns_are_remembered_and_old_ones_leave_the_context(speaker: Speaker) -> None:
-    conversation = verb.Conversation(speaker, Console(file=io.StringIO()), "policy", 0.0, 6, 0, verb._system("Be brief."))
+    conversation = verb.Conversation(speaker, Console(file=io.StringIO()), "policy", 0.0, 6, 0, verb.system_turn("Be brief."))
     for number in range(3):
         conversation._line(f"question {number}")
     assert [turn["role"] for turn in conversation.turns] == ["system"] + ["user", "assistant"] * 3

@@ -21,7 +21,8 @@ from iqlite.model.sampling import Sampler
 from iqlite.recipe.pairs import load_pairs
 from iqlite.records import StepMetrics
 from iqlite.run.rundir import RunDir
-from iqlite.training.session import Session, open_session
+from iqlite.training.opening import open_session
+from iqlite.training.session import Session
 
 SHARP = {"strength": 2.0, "clip": 4.0, "plausibility": 1e-3}
 

@@ -35,7 +35,7 @@ def read_by(session: Session) -> Iterator[list[tuple[int, int]]]:
     def note(_: object, __: object, options: dict[str, torch.Tensor]) -> None:
         found.append(tuple(options["input_ids"].shape))  # type: ignore[arg-type]
 
-    hook = session.policy.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    hook = session.policy.forward.decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield found
     finally:

@@ -20,7 +20,7 @@ from iqlite.export.gguf_file import BY_LLAMA_CPP, WRITTEN, Names
 from iqlite.export.gguf_keys import ARCHITECTURE, rope_factors
 from iqlite.export.merge import Stored
 from iqlite.export.ollama import Template, conversation, modelfile
-from iqlite.recipe.prompts import Chat
+from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 from tests import llama_cpp
 from tests.tiny import ARCHITECTURES, TEMPLATES, make_model, make_tokenizer

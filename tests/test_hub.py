@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from iqlite.base.hub import offline_without_network
 from iqlite.errors import BaseError
 from iqlite.recipe.schema import Recipe
-from iqlite.training.session import open_session
+from iqlite.training.opening import open_session
 
 
 @pytest.fixture

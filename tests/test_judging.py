@@ -18,8 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from iqlite.base.gguf_files import EMBEDDED
-from iqlite.base.loading import locate
+from iqlite.base.names import EMBEDDED, locate
 from iqlite.errors import RunError
 from iqlite.evaluation.judges import Human, Kept, ModelJudge, RewardModel, named, rubric_of
 from iqlite.run.rundir import RunDir

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WINGS = (
-    "errors", "records", "places", "terminal",
-    "method", "base", "recipe", "model", "machine", "scoring", "run", "training",
+    "errors", "records", "places", "terminal", "device",
+    "method", "base", "model", "recipe", "machine", "scoring", "run", "training",
     "chat", "export", "baselines", "evaluation", "aim", "commands", "cli",
 )  # fmt: skip
 """A wing imports only wings before it; docs/architecture.md says in a sentence what each is about."""

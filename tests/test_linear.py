@@ -80,7 +80,7 @@ def test_folding_is_the_sum_and_leaves_nothing_behind(tiny: Callable[..., Path],
 
 
 def states(policy: Policy, prompts: list[list[int]], responses: list[list[int]], shared: list[list[int]]) -> Tensor:
-    return policy.hidden_states(prompts, responses, max(map(len, responses)), shared)
+    return policy.forward.hidden_states(prompts, responses, max(map(len, responses)), shared)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -115,13 +115,13 @@ def test_a_frozen_role_s_prefix_is_computed_once_a_run_and_a_moving_one_s_anew(t
     policy = Policy(load_base(str(tiny()), "none"), rank=4, alpha=8.0, seed=0)
     ids = list(range(3, 20))
     with policy.acting_as("reference"):
-        first = policy.prefix(ids)
-        assert policy.prefix(ids) is first
+        first = policy.forward.prefix(ids)
+        assert policy.forward.prefix(ids) is first
     with policy.acting_as("policy"):
-        before = policy.prefix(ids)
+        before = policy.forward.prefix(ids)
     shake(policy)
     with policy.acting_as("policy"):
-        after = policy.prefix(ids)
+        after = policy.forward.prefix(ids)
     assert not torch.equal(before.keys[1], after.keys[1])
     with policy.acting_as("reference"):
-        assert policy.prefix(ids) is first
+        assert policy.forward.prefix(ids) is first

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from iqlite.base.gguf_files import EMBEDDED, embedded
+from iqlite.base.names import EMBEDDED, embedded
 from iqlite.model.policy import Policy
 from iqlite.model.sampling import Sampler
 from iqlite.run.rundir import RunDir
-from iqlite.training.session import environment, open_session
+from iqlite.training.opening import environment, open_session
 from tests import llama_cpp
 
 QUESTIONS = (

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
 from iqlite.base.architectures import Shape, known
-from iqlite.base.gguf_files import EMBEDDED, embedded
+from iqlite.base.names import EMBEDDED, embedded, shape_of
 from iqlite.errors import BaseError, RecipeError
 from iqlite.machine.fit import LEAST_HARM, advice, choose, given_widths
-from iqlite.machine.memory import GIB, NF4_BYTES, PHASES, Widths, Work, estimate, shape_of
+from iqlite.machine.memory import GIB, NF4_BYTES, PHASES, Widths, Work, estimate
 from iqlite.machine.timing import Rates, card_named, cards, seconds_of_step, work_of_step
 from iqlite.recipe.schema import Recipe, load_recipe
 from iqlite.training.session import Session

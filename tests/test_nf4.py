@@ -16,7 +16,8 @@ from iqlite.errors import BaseError
 from iqlite.model.policy import Policy
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
-from iqlite.training.session import Session, environment
+from iqlite.training.opening import environment
+from iqlite.training.session import Session
 from tests.bench.memory import tensors_of
 from tests.bench.pairs import Silent
 from tests.test_policy import gradients, training_rollout

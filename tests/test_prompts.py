@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from iqlite.errors import PromptsError
-from iqlite.recipe.prompts import Chat, Description, hold_back, load_prompts, parse_request
+from iqlite.model.template import Chat, Description
+from iqlite.recipe.prompts import hold_back, load_prompts, parse_request
 from iqlite.recipe.schema import HubPrompts
 from iqlite.records import Messages, Prompts
 from iqlite.run.rundir import RunDir

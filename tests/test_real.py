@@ -12,10 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iqlite.base.gguf_files import EMBEDDED
-from iqlite.base.loading import locate
+from iqlite.base.names import EMBEDDED, locate
 from iqlite.run.rundir import RunDir
-from iqlite.training.session import open_session
+from iqlite.training.opening import open_session
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "cheerful-135m.toml"
 STEPS = 4

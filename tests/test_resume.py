@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from iqlite.model.policy import Policy
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
-from iqlite.training.session import environment
+from iqlite.training.opening import environment
 from tests.bench.pairs import Silent
 
 STEPS = 8

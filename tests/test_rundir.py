@@ -12,7 +12,9 @@ import torch
 from iqlite.errors import RecipeError, RunError
 from iqlite.recipe.schema import Recipe
 from iqlite.records import StepMetrics
-from iqlite.run.rundir import KEPT_CHECKPOINTS, RunDir, check_space, free_name
+from iqlite.run.files import check_space, free_name
+from iqlite.run.journal import KEPT_CHECKPOINTS
+from iqlite.run.rundir import RunDir
 
 ENVIRONMENT = {"base": {"name": "tiny"}, "prompts": {"sha256": "00"}, "placement": "system"}
 

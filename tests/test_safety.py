@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from iqlite.evaluation.answers import Answer
 from iqlite.evaluation.safety import Item, changes, load_items, measured, worse
-from iqlite.export.card import adapter_digest, figures, warnings
+from iqlite.export.card import warnings
 from iqlite.records import StepMetrics
+from iqlite.run.findings import adapter_digest, figures
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import tone
 

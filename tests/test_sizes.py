@@ -14,9 +14,10 @@ from iqlite.errors import BaseError
 from iqlite.machine.sizes import Sizes
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
+from iqlite.training.opening import environment
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.readings import read
-from iqlite.training.session import Session, environment
+from iqlite.training.session import Session
 from iqlite.training.update import update
 from tests.bench.pairs import Silent
 from tests.tiny import shake
@@ -25,7 +26,7 @@ from tests.tiny import shake
 @contextmanager
 def at_most(session: Session, tokens: int, *, with_gradient: bool) -> Iterator[list[int]]:
     """The decoder fails like a full card on more than `tokens` tokens at once, in forwards with or without a gradient."""
-    decoder, refused = session.policy.decoder, []
+    decoder, refused = session.policy.forward.decoder, []
     forward = decoder.forward
 
     def limited(*args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iqlite.recipe.prompts import Description
+from iqlite.model.template import Description
 from iqlite.records import Rollout
 from iqlite.training.readings import Reading, batches, read
 from iqlite.training.session import Session

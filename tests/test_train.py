@@ -17,9 +17,12 @@ from iqlite.method.objectives import OBJECTIVES
 from iqlite.model.policy import LOSS_SCALE_FLOAT16
 from iqlite.records import Prompts
 from iqlite.run.rundir import RunDir
-from iqlite.training.loop import Outcome, prompts_of_step, repetition, train
+from iqlite.training.evaluating import repetition
+from iqlite.training.loop import Outcome, train
+from iqlite.training.opening import environment
 from iqlite.training.optimizer import apply_update, learning_rate, make_optimizer
-from iqlite.training.session import Session, environment
+from iqlite.training.order import prompts_of_step
+from iqlite.training.session import Session
 from tests.bench.pairs import Silent
 from tests.test_policy import gradients, training_rollout
 from tests.tiny import shake
@@ -145,7 +148,7 @@ def test_float16_compute_learns_with_a_float32_adapter(
     full = make_session(**tables)
     rollout = training_rollout(full)
     expected = gradients(full, rollout)
-    monkeypatch.setattr("iqlite.base.loading.device_and_dtype", lambda: (torch.device("cpu"), torch.float16))
+    monkeypatch.setattr("iqlite.base.loading.here", lambda: (torch.device("cpu"), torch.float16))
     half = make_session(**tables)
     assert half.policy.base.compute_dtype == torch.float16 and half.policy.loss_scale == LOSS_SCALE_FLOAT16
     assert all(p.dtype == torch.float32 for p in half.policy.parameters.values())

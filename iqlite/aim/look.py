@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from iqlite.model.sampling import Sampler
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Prompts
 from iqlite.scoring.intervals import FEWEST, Array, Estimate, paired
-from iqlite.training.loop import spread as spread_over
 from iqlite.training.measuring import HARMLESS, by_kind, measured
+from iqlite.training.order import spread, spread_by_kind
 from iqlite.training.session import Session
 
 FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; ours
@@ -118,18 +118,6 @@ def chosen(session: Session) -> list[int]:
     count = A_STEP * session.recipe.rollout.prompts_per_step * SHORT / look_tokens(session.recipe)
     count = max(FEWEST_LOOKED, min(MOST_LOOKED, int(count)))
     return spread_by_kind(asked, count) if session.recipe.judge.measure == HARMLESS else spread(range(len(asked)), count)
-
-
-def spread_by_kind(asked: Prompts, count: int) -> list[int]:
-    """Up to `count` numbers, half of requests to refuse and half of requests to answer where there are so many, evenly spread over each."""
-    refuse, answer = ([n for n, one in enumerate(asked.expected) if one == kind] for kind in ("refuse", "answer"))
-    half = min(count // 2, len(answer))
-    return sorted(spread(refuse, count - half) + spread(answer, max(half, count - len(refuse))))
-
-
-def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of the numbers, evenly spread."""
-    return [numbers[n] for n in spread_over(len(numbers), count)]
 
 
 def look_sampler(session: Session) -> Sampler:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from iqlite.aim.look import Look, judged, look_tokens, spread_by_kind
+from iqlite.aim.look import Look, judged, look_tokens
 from iqlite.aim.look import chosen as held_out_numbers
 from iqlite.evaluation.answers import Answer, Answerer, collect
 from iqlite.model.sampling import Sampler
@@ -24,6 +24,7 @@ from iqlite.records import Prompts
 from iqlite.scoring.intervals import Array, Estimate, paired
 from iqlite.scoring.measures import repetition, well_formed
 from iqlite.training.measuring import HARMLESS
+from iqlite.training.order import spread_by_kind
 from iqlite.training.session import Session
 
 CHOOSING = 16  # prompts that candidates are chosen on
@@ -148,7 +149,7 @@ class _Search:
     def trial(self, candidate: Candidate) -> Trial:
         """Scores a candidate's superior on the prompts that are chosen on, and keeps it if it is the best."""
         session = replace(self.session, recipe=candidate.recipe, placement=candidate.placement)
-        self.session.policy.forget_prefixes()
+        self.session.policy.forward.forget_prefixes()
         who = Answerer("superior", "superior")
         answers = self._asked(who, session, self.asked, strangeness=False)
         score_P = self.score(self.asked, [a.answer for a in answers], self.base)

@@ -14,27 +14,49 @@ from iqlite.aim.search import Candidate, Improved
 from iqlite.errors import RecipeError
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.places import shipped_recipes
+from iqlite.recipe.prompts import load_prompts
 from iqlite.recipe.schema import Recipe, load_recipe, recipe_data, settings_of
-from iqlite.run.rundir import free_name, locked
+from iqlite.run.files import free_name
+from iqlite.run.rundir import locked
 
-LOOKALIKES = Path("prompts") / "lookalikes.jsonl"
+SHIPPED = {
+    "train": Path("prompts/harmful.jsonl"),
+    "eval": Path("prompts/harmful-heldout.jsonl"),
+    "contrary": Path("prompts/lookalikes.jsonl"),
+}
 
 
 def two_sided(recipe: Recipe) -> tuple[Recipe, str]:
-    """(recipe, what was added): a measure of refusals alone is pleased by a model that refuses everything, so that look-alikes come in."""
-    measure = recipe.judge.measure
-    if measure not in ("refusal", "harmless") or (recipe.prompts.contrary is not None and measure == "harmless"):
+    """(recipe, what was changed) for recipes about refusing.
+
+    A measure of refusals alone is pleased by a model that refuses everything, so that look-alikes come in. And prompts that nobody has
+    labelled are partly harmless (half of HH-RLHF's): the superior policy refuses these too, and training on them teaches the policy to refuse
+    anything. In their place come requests that should be refused without doubt.
+    """
+    if recipe.judge.measure not in ("refusal", "harmless"):
         return recipe, ""
-    prompts, added = recipe.prompts, ""
-    if prompts.contrary is None:
-        prompts = prompts.model_copy(update={"contrary": str(shipped_recipes() / LOOKALIKES)})
-        added = "prompts.contrary is the shipped set of harmless look-alikes"
+    changed, said = {}, []
+    if recipe.prompts.contrary is None:
+        changed["contrary"] = str(shipped_recipes() / SHIPPED["contrary"])
+        said.append("prompts.contrary is the shipped set of harmless look-alikes")
+    if not _labelled(recipe):
+        changed |= {key: str(shipped_recipes() / SHIPPED[key]) for key in ("train", "eval")}
+        said.append(
+            "prompts.train and prompts.eval are the shipped harmful requests, since yours have no labels, and training on the harmless ones "
+            "among them would teach to refuse anything"
+        )
+    if recipe.judge.measure == "refusal":
+        said.append("judge.measure is harmless, since refusal alone would be pleased by a model that refuses everything")
     judge = recipe.judge.model_copy(update={"measure": "harmless"})
-    if measure == "refusal":
-        added = f"{added and added + ', and '}judge.measure is harmless, since refusal alone would be pleased by a model that refuses everything"
-    new = recipe.model_copy(update={"prompts": prompts, "judge": judge})
+    new = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=changed), "judge": judge})
     object.__setattr__(new, "_path", recipe.path)
-    return new, added
+    return new, "; ".join(said)
+
+
+def _labelled(recipe: Recipe) -> bool:
+    """True if the training prompts say of themselves that they should be refused."""
+    prompts = load_prompts(recipe.prompts.train, beside=recipe.folder, key=f"{recipe.path}: prompts.train")
+    return bool(prompts.expected) and all(one == "refuse" for one in prompts.expected)
 
 
 def out_path(recipe: Recipe, out: Path | None) -> Path:
@@ -59,9 +81,10 @@ def write(path: Path, old: Recipe, overrides: Sequence[str], found: Improved, re
     making = path.with_name(f".making-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if best.recipe.prompts.contrary == str(shipped_recipes() / LOOKALIKES) and not (path.parent / LOOKALIKES).exists():
-            (path.parent / LOOKALIKES).parent.mkdir(exist_ok=True)
-            shutil.copyfile(shipped_recipes() / LOOKALIKES, path.parent / LOOKALIKES)
+        for key in _from_shipped(best.recipe):
+            if not (path.parent / SHIPPED[key]).exists():
+                (path.parent / SHIPPED[key]).parent.mkdir(exist_ok=True)
+                shutil.copyfile(shipped_recipes() / SHIPPED[key], path.parent / SHIPPED[key])
         making.write_text(text, "utf-8")
         load_recipe(making)  # what wouldn't train isn't written
         os.replace(making, path)
@@ -87,5 +110,9 @@ def _put(data: dict[str, Any], best: Candidate) -> None:
         n: v for n, v in recipe.superior.settings().items() if v != defaults[n] or n == "strength"
     }
     data.setdefault("judge", {})["measure"] = recipe.judge.measure
-    if recipe.prompts.contrary == str(shipped_recipes() / LOOKALIKES):
-        data["prompts"]["contrary"] = LOOKALIKES.as_posix()
+    data["prompts"] |= {key: SHIPPED[key].as_posix() for key in _from_shipped(recipe)}
+
+
+def _from_shipped(recipe: Recipe) -> list[str]:
+    """The keys of prompts that `two_sided` has set."""
+    return [key for key, file in SHIPPED.items() if getattr(recipe.prompts, key) == str(shipped_recipes() / file)]

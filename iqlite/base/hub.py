@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import socket
-import urllib.request
-from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 4.0
 
 
 def offline_without_network() -> None:
     """Puts the hub's client into offline mode (the local cache still serves) if its host can't be reached; a proxy is trusted."""
+    import socket
+    import urllib.request
+    from urllib.parse import urlsplit
+
     from huggingface_hub import constants
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iqlite.base.names import is_hub_id
 from iqlite.errors import AdapterError, BaseError
 
 if TYPE_CHECKING:
@@ -64,11 +65,6 @@ class Identity:
     def from_record(cls, fields: dict[str, Any]) -> Identity:
         """From what `asdict` wrote."""
         return cls(**{**fields, "weights": tuple(fields["weights"])})
-
-
-def is_hub_id(name: str) -> bool:
-    """True for `owner/model`, as opposed to a path, a prefix or the embedded model."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and Path(name).suffix != ".gguf"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import os
 import platform
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from iqlite.base.architectures import SUPPORTED
-from iqlite.base.gguf_files import convert_gguf, find_gguf
 from iqlite.base.identity import Identity
-from iqlite.errors import BaseError
+from iqlite.base.names import explain, locate
+from iqlite.device import here, total_gib
+from iqlite.errors import BaseError, first_line
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,6 @@ class Base:
         return int(self.model.config.max_position_embeddings)
 
 
-def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """Where the base lives and what it computes in: CUDA with bfloat16, else float16; a CPU with float32."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16 if native else torch.float16
-    return torch.device("cpu"), torch.float32
-
-
 def load_base(
     name: str,
     quantization: str = "nf4",
@@ -76,7 +66,7 @@ def load_base(
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional CPU kernels that nobody asked for
-    device, dtype = device_and_dtype()
+    device, dtype = here()
     source = locate(name, beside, revision)
     check(AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision).to_dict())
     if Path(source).is_dir():  # a download shows its progress; reading a folder needn't
@@ -95,7 +85,7 @@ def load_base(
     except OSError as error:
         raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
     except torch.OutOfMemoryError:
-        free = torch.cuda.get_device_properties(device).total_memory / 2**30
+        free = total_gib(device)
         raise BaseError(f"base {name!r} doesn't fit this card's {free:.1f} GiB; choose a smaller base or quantization = \"nf4\".") from None
     except (ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; download it again, or choose another base.") from None
@@ -116,33 +106,6 @@ def load_base(
         quantization,
         Identity.of(name, model.config, model.get_decoder().norm.weight, model.get_output_embeddings().weight),
     )
-
-
-def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str:
-    """A folder in Hugging Face format (GGUF files are converted first), or the hub id once its architecture is known to be supported."""
-    from transformers import AutoConfig
-
-    gguf = find_gguf(name, beside)
-    if gguf is not None:
-        return str(convert_gguf(gguf, name))
-    folder = next((p for p in (beside / Path(name).expanduser(), Path(name).expanduser()) if p.is_dir()), None)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise BaseError(f"base folder {name!r} has no config.json: name a model folder in Hugging Face format, or a .gguf file.")
-        if not any(folder.glob("*.safetensors")):
-            raise BaseError(f"base folder {name!r} has no .safetensors weights (pickled weights aren't loaded): convert it to safetensors.")
-    elif Path(name).suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise BaseError(f"base {name!r}: no such file or folder; paths are relative to the recipe.")
-    source = str(folder.resolve()) if folder is not None else name
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
-    except OSError as error:
-        raise BaseError(explain(name, error, local=folder is not None)) from None
-    except (ValueError, KeyError) as error:
-        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose one of: {', '.join(SUPPORTED)}.") from None
-    if config.model_type not in SUPPORTED:
-        raise BaseError(f"base {name!r}: the architecture {config.model_type!r} isn't supported; choose one of: {', '.join(SUPPORTED)}.")
-    return source
 
 
 def embed_on_host(model: Any) -> None:
@@ -196,27 +159,3 @@ def check_bitsandbytes(device: torch.device) -> None:
         raise BaseError(f'model.quantization = "nf4": bitsandbytes doesn\'t work on this machine ({first_line(error)}): {fix}.') from None
     if not wrong < 0.05:
         raise BaseError(f'model.quantization = "nf4": bitsandbytes multiplies wrongly on this machine (error {wrong:.3g}): {fix}.')
-
-
-def explain(name: str, error: Exception, *, local: bool = False) -> str:
-    """One sentence with what to do about a base that can't be had from the hub, or read from a folder here."""
-    text = str(error).lower()
-    if "gated" in text or re.search(r"\b40[13] client error", text):
-        return (
-            f"base {name!r} is gated or doesn't exist: accept its licence on its page and log in (hf auth login), or choose another base."
-        )
-    if "safetensors" in text or "pickle" in text:
-        return f"base {name!r} has no safetensors weights (pickled weights aren't loaded): choose another base or convert it."
-    if local:
-        return f"base {name!r} can't be read: {first_line(error)}; mend or replace its files (model.base)."
-    if "no space" in text:
-        return f"base {name!r}: no space left on the disk that holds the model cache; free some, or set HF_HOME to another disk."
-    if "not a valid model identifier" in text or re.search(r"\b404 client error|repository not found", text):
-        return f"base {name!r} is neither a folder here nor a model on the hub: check the name (model.base)."
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return f"base {name!r} isn't in the local cache and the hub can't be reached{offline}: connect to the network, or set model.base to a local folder."
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message, without a final full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

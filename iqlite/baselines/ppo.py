@@ -18,9 +18,10 @@ from torch import Tensor
 from iqlite.method.loss import spans
 from iqlite.method.objectives import of_tokens
 from iqlite.records import Messages, Rollout, StepMetrics, SuperiorScores
-from iqlite.run.rundir import RunDir, part
-from iqlite.training.loop import prompts_of_step, restore, snapshot, spread
+from iqlite.run.journal import Journal, part
+from iqlite.training.checkpoint import restore, snapshot
 from iqlite.training.optimizer import apply_update, learning_rate, load_state_of, make_optimizer, state_of
+from iqlite.training.order import prompts_of_step, spread
 from iqlite.training.readings import read
 from iqlite.training.session import Session
 from iqlite.training.update import backward, micro_batches, policy_states
@@ -97,10 +98,10 @@ def rewards(logp_BT: Tensor, reference_BT: Tensor, superior_BT: Tensor, mask_BT:
 
 def eval_prompts(session: Session) -> list[Messages]:
     """The held-out prompts that an evaluation during training answers."""
-    return [session.eval.requests[i] for i in spread(len(session.eval), session.recipe.prompts.eval_count)]
+    return [session.eval.requests[i] for i in spread(range(len(session.eval)), session.recipe.prompts.eval_count)]
 
 
-def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str, float]], None]) -> dict[str, Any]:
+def train_ppo(session: Session, work: Journal, say: Callable[[int, int, dict[str, float]], None]) -> dict[str, Any]:
     """The recipe's steps by PPO on a fresh adapter, from the last checkpoint in `work`, saved there; what it took."""
     recipe, policy = session.recipe, session.policy
     total = recipe.total_steps(len(session.train))
@@ -167,14 +168,14 @@ def train_ppo(session: Session, work: RunDir, say: Callable[[int, int, dict[str,
     return {"steps": total, "sampled_tokens": tokens, "seconds": time.perf_counter() - begin, "learning_rate": recipe.train.learning_rate}
 
 
-def _checkpoint(session: Session, work: RunDir, optimizer: Any, value: Value, step: int, tokens: int, seconds: float) -> None:
+def _checkpoint(session: Session, work: Journal, optimizer: Any, value: Value, step: int, tokens: int, seconds: float) -> None:
     (tensors, state), (moments, numbers) = snapshot(session, optimizer), state_of(value.optimizer)
     tensors |= {f"value.{name}": tensor for name, tensor in value.linear.state_dict().items()}
     tensors |= {f"values.{name}": tensor for name, tensor in moments.items()}
     work.save_checkpoint(step, tensors, {**state, "values": numbers, "tokens": tokens, "seconds": seconds})
 
 
-def _resume(session: Session, work: RunDir, optimizer: Any, value: Value) -> tuple[int, int, float]:
+def _resume(session: Session, work: Journal, optimizer: Any, value: Value) -> tuple[int, int, float]:
     """(steps done, tokens sampled, seconds); −1 steps if nothing is there yet."""
     found = work.load_checkpoint()
     if found is None:

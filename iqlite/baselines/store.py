@@ -15,9 +15,11 @@ from iqlite.errors import RunError
 from iqlite.machine.sizes import within_memory
 from iqlite.recipe.pairs import load_pairs
 from iqlite.recipe.schema import Recipe
-from iqlite.run.rundir import RunDir, explained
+from iqlite.run.files import explained
+from iqlite.run.journal import Journal
+from iqlite.run.rundir import RunDir
 from iqlite.terminal import duration
-from iqlite.training.session import open_session
+from iqlite.training.opening import open_session
 
 BASELINES = (*TRL, "ppo")
 METHODS = ("prompting", "superior", *BASELINES)
@@ -63,7 +65,7 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
     recipe, placement = run.recipe(), run.environment()["placement"]
     if steps:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
-    work = RunDir(folder.with_name(f".unfinished-{folder.name}.{steps}"), "compare again")
+    work = Journal(folder.with_name(f".unfinished-{folder.name}.{steps}"), "compare again")
     for other in folder.parent.glob(f".unfinished-{folder.name}.*"):  # of another number of steps
         if other != work.path:
             shutil.rmtree(other)

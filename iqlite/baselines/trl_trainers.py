@@ -6,7 +6,6 @@ pairs; SDFT distils the told base into the policy's own answers. What SFT and DP
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,16 +16,18 @@ import torch
 
 from iqlite.base.loading import Base, load_base
 from iqlite.baselines.ppo import eval_prompts
+from iqlite.device import let_go
 from iqlite.errors import RunError
+from iqlite.model.template import Chat, Description
 from iqlite.recipe.pairs import Pair, answer_ids
-from iqlite.recipe.prompts import Chat, Description
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages, Rollout, StepMetrics
-from iqlite.run.rundir import RunDir
+from iqlite.run.journal import Journal
 from iqlite.terminal import duration
-from iqlite.training.loop import prompts_of_step
+from iqlite.training.opening import open_session, room_of
 from iqlite.training.optimizer import BETAS, learning_rate
-from iqlite.training.session import Session, open_session, room_of
+from iqlite.training.order import prompts_of_step
+from iqlite.training.session import Session
 
 TRL = ("sft", "dpo", "sdft")
 ROWS, TRAINER = "rows.jsonl", "trainer"  # while a baseline isn't finished: what is sampled beforehand, and TRL's own checkpoints
@@ -43,14 +44,14 @@ def check_trl() -> None:
 
 
 def train_by_trl(
-    name: str, recipe: Recipe, placement: str, work: RunDir, say: Callable[[str], None], pairs: Sequence[Pair] = ()
+    name: str, recipe: Recipe, placement: str, work: Journal, say: Callable[[str], None], pairs: Sequence[Pair] = ()
 ) -> dict[str, Any]:
     """Trains one of `TRL`, from the last checkpoint in `work`, and saves its adapter there; what it took. The base's loading isn't part of its seconds, as it isn't of a run's.
 
     With `pairs` DPO learns from those, answers cut at the recipe's rollout.max_new_tokens; its tokens are then the ones it learned from.
     """
     rows, tokens, steps, shown, sampled, wanted = _rows(name, recipe, placement, work, say, pairs)
-    gc.collect()  # the session's base before another is loaded: its layers are in reference cycles
+    let_go()  # the session's base before another is loaded: its layers are in reference cycles
     base = load_base(
         recipe.model.base,
         recipe.model.quantization,
@@ -71,9 +72,7 @@ def train_by_trl(
     base.identity.write(work.path)
     last = work.metrics()[-1]
     del trainer
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
     return {
         "steps": steps,
         "sampled_tokens": int(last["tokens"]),
@@ -84,7 +83,7 @@ def train_by_trl(
 
 
 def _rows(
-    name: str, recipe: Recipe, placement: str, work: RunDir, say: Callable[[str], None], pairs: Sequence[Pair]
+    name: str, recipe: Recipe, placement: str, work: Journal, say: Callable[[str], None], pairs: Sequence[Pair]
 ) -> tuple[list[dict[str, Any]], int, int, list[Messages], float, Description | None]:
     """(rows for the trainer, tokens sampled for them, steps, held-out prompts, seconds of sampling, wanted description)."""
     session = open_session(recipe, placement=placement, say=say)
@@ -108,7 +107,7 @@ def per_step(name: str, recipe: Recipe) -> int:
     return max(1, recipe.rollout.prompts_per_step // (2 if name == "dpo" else 1))
 
 
-def _sampled(name: str, session: Session, steps: int, work: RunDir, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, float]:
+def _sampled(name: str, session: Session, steps: int, work: Journal, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int, float]:
     """(rows, tokens sampled, seconds of it), kept in rows.jsonl step by step.
 
     As many answers as the recipe's own run samples, as the very ids: an answer that was cut off isn't taught to end.
@@ -184,7 +183,7 @@ def _as_iqlite_learns(trainer: Any, recipe: Recipe, rate: float, steps: int) -> 
     )
 
 
-def _watch(trainer: Any, name: str, work: RunDir, chat: Chat, shown: Sequence[Messages], recipe: Recipe, spent: float, tokens: float, say: Callable[[str], None]) -> None:  # fmt: skip
+def _watch(trainer: Any, name: str, work: Journal, chat: Chat, shown: Sequence[Messages], recipe: Recipe, spent: float, tokens: float, say: Callable[[str], None]) -> None:  # fmt: skip
     """The trainer's progress through `say` (its own would print into standard output), held-out answers and a line of metrics a step."""
     from transformers import PrinterCallback, TrainerCallback
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from iqlite.base.architectures import Shape
-from iqlite.base.loading import Base, device_and_dtype, load_base
+from iqlite.base.loading import Base, load_base
+from iqlite.base.names import shape_of
+from iqlite.device import here
 from iqlite.errors import BaseError, RecipeError
 from iqlite.machine.fit import CPU_SHARE
-from iqlite.machine.memory import shape_of
+from iqlite.machine.here import usable_memory
 from iqlite.model.decoding import draw
 from iqlite.model.policy import Policy
 from iqlite.model.sampling import Sampler
-from iqlite.recipe.prompts import Chat, Description
+from iqlite.model.template import Chat, Description
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages, Rollout
-from iqlite.training.session import Session, free_memory, open_session, readings
+from iqlite.training.opening import open_session
+from iqlite.training.readings import readings
+from iqlite.training.session import Session
 
 ROOM = 1.2  # of a model's weights: what talking with it takes beside them; ours
 
@@ -46,8 +50,8 @@ class Speaker:
     @classmethod
     def of_model(cls, name: str, adapter: Path | None, say: Callable[[str], None]) -> Speaker:
         """A model without a recipe, as it is stored where that fits, else in 4 bits: nothing is said under descriptions."""
-        device, dtype = device_and_dtype()
-        roomy = shape_of(name).parameters * dtype.itemsize * ROOM < free_memory(device)
+        device, dtype = here()
+        roomy = shape_of(name).parameters * dtype.itemsize * ROOM < usable_memory(device)
         say(f"opening {name}" + ("" if roomy else " in 4 bits, since more doesn't fit"))
         base = load_base(name, "none" if roomy else "nf4")
         chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
@@ -65,7 +69,7 @@ class Speaker:
             raise RecipeError("a model alone has no superior policy: chat with a recipe or a run.")
         return replace(self, session=self.session.with_strength(strength))
 
-    def speak(self, voice: str, turns: Messages, sampler: Sampler, *, attempt: int = 0) -> Iterator[int]:
+    def speak(self, voice: str, turns: Messages, sampler: Sampler, *, attempt: int = 0) -> Generator[int, None, None]:
         """The ids of one answer as they are chosen, up to and without an end-of-turn token; the noise is keyed by (seed, attempt, position)."""
         descriptions = self._descriptions() if voice == "superior" else {"": None}
         prompts = {name: [self.chat.ids(turns, description)] for name, description in descriptions.items()}
@@ -118,4 +122,4 @@ def folds(base: Base) -> bool:
     """Whether decoding on a CPU has room for one float32 matrix a layer, which spares dequantising for every token."""
     if base.device.type != "cpu":
         return False
-    return 4 * Shape.of(base.model.config.to_dict(), base.name).linear_weights <= CPU_SHARE * free_memory(base.device)
+    return 4 * Shape.of(base.model.config.to_dict(), base.name).linear_weights <= CPU_SHARE * usable_memory(base.device)

@@ -12,8 +12,9 @@ from iqlite.errors import RecipeError
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages, Rollout
+from iqlite.training.readings import readings
 from iqlite.training.rollout import sample_readings
-from iqlite.training.session import Session, readings
+from iqlite.training.session import Session
 
 
 def check_heard(recipe: Recipe) -> None:

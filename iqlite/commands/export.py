@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import json
 import shutil
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
+import typer
 
-from iqlite.base.gguf_files import find_gguf
 from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
+from iqlite.base.names import find_gguf, shape_of
+from iqlite.commands.options import BaseWeights, Force, Json, Out, Scale, Weights, Which
 from iqlite.errors import RunError
-from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
-from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
-from iqlite.machine.memory import shape_of
-from iqlite.run.rundir import check_place, check_space, explained, leaving, replace_with
 from iqlite.terminal import bytes_done, facts
+from iqlite.terminal import console as terminal
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}  # a weight; the others take less than q8_0, through a float16 file
 ADAPTER_TYPES = ("f32", "f16")
 
 
-def run(
-    run_path: Path,
-    to: str,
-    out: Path,
-    *,
-    quant: str | None,
-    adapter: str,
-    base: str,
-    strength: float,
-    force: bool,
-    as_json: bool,
-    console: Console,
-) -> int:
-    """Exports; returns the exit code. What can be refused is refused before torch is imported."""
-    run_dir, folder = leaving(run_path, adapter, out, MANIFEST, strength=strength, force=force)
+class Format(StrEnum):
+    """What a run is exported as."""
+
+    peft = "peft"
+    hf = "hf"
+    gguf = "gguf"
+    gguf_adapter = "gguf-adapter"
+    ollama = "ollama"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    target: Annotated[Format, typer.Option("--to", help="What for.")],
+    out: Out,
+    quant: Annotated[str | None, typer.Option(help="Type of a GGUF's weights: f16 by default, q8_0, q4_k_m, …")] = None,
+    which: Which = "adapter",
+    weights: Weights = BaseWeights.trained,
+    scale: Scale = 1.0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Export what was trained: for PEFT, transformers, llama.cpp, LM Studio or Ollama."""
+    from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
+    from iqlite.export.checks import leaving
+    from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
+    from iqlite.run.files import check_place, check_space, explained, replace_with
+
+    console, to = terminal(stderr=as_json), target.value
+    quant = quant.lower() if quant else None
+    run_dir, folder = leaving(run, which, out, MANIFEST, scale=scale, force=force)
     for beside in (out.with_name(f"{out.name}{ending}") for ending in BESIDE if to.startswith("gguf")):
         check_place(beside, MANIFEST, force=force)
     recipe = run_dir.recipe()
@@ -55,14 +69,14 @@ def run(
 
     from iqlite.export.folder import licence_of, opened, write_folder
 
-    console.print(f"[dim]exporting {run_path}/{adapter} as {to}[/]")
-    merge, chat = opened(run_dir, folder, base="stored" if small else base, strength=strength, dtype=None)
-    made: dict[str, Any] = {"format": to, "scale": strength}
-    made |= {} if small or to == "peft" else {"base_weights": base}
+    console.print(f"[dim]exporting {run}/{which} as {to}[/]")
+    merge, chat = opened(run_dir, folder, base="stored" if small else weights.value, scale=scale, dtype=None)
+    made: dict[str, Any] = {"format": to, "scale": scale}
+    made |= {} if small or to == "peft" else {"base_weights": weights.value}
     made |= {"quantization": quant or ("f32" if small else "f16")} if to in ("gguf", "gguf-adapter", "ollama") else {}
     about = manifest(run_dir, folder, chat, licence_of(merge.stored), made)
     making = out.with_name(f".making-{out.name}")
-    name = run_path.resolve().name
+    name = run.resolve().name
     next_command = ""
 
     def model_file(path: Path) -> None:
@@ -92,7 +106,7 @@ def run(
                 if (folder / file).is_file():
                     shutil.copyfile(folder / file, making / file)
             config = read_config(folder)
-            config["lora_alpha"] *= strength
+            config["lora_alpha"] *= scale
             (making / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
             chat.tokenizer.save_pretrained(making)
         if to == "ollama":
@@ -105,11 +119,10 @@ def run(
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     if as_json:
         print(json.dumps({"path": str(out), "format": to, "bytes": size, "warnings": warnings(about), **made}))
-        return 0
+        return
     facts(console, {"exported": str(out), "as": to, "size": f"{size / 2**20:.1f} MiB"} | ({"next": next_command} if next_command else {}))
     for sentence in warnings(about):
         console.print(f"[yellow]{sentence}[/]")
-    return 0
 
 
 def _ollama(
@@ -125,6 +138,7 @@ def _ollama(
     about: dict[str, Any],
 ) -> str:
     """Fills the folder for `ollama create`; returns that command."""
+    from iqlite.export.gguf_file import write_adapter
     from iqlite.export.ollama import Template, modelfile
 
     if original is not None:

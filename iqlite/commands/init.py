@@ -7,14 +7,16 @@ import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from iqlite.base.names import EMBEDDED
+from iqlite.commands.options import Force
 from iqlite.errors import RecipeError
 from iqlite.places import shipped_recipes
-from iqlite.recipe.schema import load_recipe
-from iqlite.recipe.wording import lint
 from iqlite.terminal import clean
+from iqlite.terminal import console as terminal
 
 TEMPLATE = """\
 # {name}: a behaviour described in words. Train it with:
@@ -89,8 +91,22 @@ def derived(wanted: str, unwanted: str) -> str:
     return "tone" if all(words[side] & TONE for side in (0, 1)) else "described"
 
 
-def run(name: str, base: str, wanted: str, unwanted: str, *, measure: str | None, tokens: int, force: bool, console: Console) -> int:
-    """Writes NAME.toml and prompts/; nothing existing is replaced without `force`. Returns the exit code."""
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the new recipe; NAME.toml is written.")],
+    wanted: Annotated[str, typer.Option(help="The wanted behaviour, in a sentence or two.")],
+    unwanted: Annotated[str, typer.Option(help="The unwanted behaviour, alike in form and opposite in meaning.")],
+    base: Annotated[str, typer.Option(help="Hub id, model folder, .gguf file, ollama:NAME:TAG, or the embedded model.")] = EMBEDDED,
+    measure: Annotated[
+        str | None, typer.Option(help="What answers are scored by; without it, what the descriptions are about (iqlite recipe lists them).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer in training, tokens.")] = 48,
+    force: Force = False,
+) -> None:
+    """Write a commented recipe with prompts beside it, ready to train."""
+    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.wording import lint
+
+    console = terminal()
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
     if Path(name).name.strip(".") == "" or not name.isprintable() or name.endswith(("/", "\\")) or len(path.name) > LONGEST_NAME:
         raise RecipeError(f"init {name[:LONGEST_NAME]!r} isn't a name for a recipe: give it a short one, such as kind.")
@@ -130,4 +146,3 @@ def run(name: str, base: str, wanted: str, unwanted: str, *, measure: str | None
         console.print(f"[yellow]{clean(note)}[/]")
     quoted_path = shlex.quote(str(path))
     console.print(f"next:  iqlite probe {quoted_path}   (does it aim true?)   or  iqlite train {quoted_path}", markup=False)
-    return 0

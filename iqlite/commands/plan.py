@@ -6,19 +6,25 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
+from iqlite.base.names import shape_of
+from iqlite.commands.options import Json, Set
 from iqlite.errors import RecipeError
-from iqlite.machine.fit import advice, choose, given_widths
-from iqlite.machine.memory import GIB, PHASES, Plan, Work, shape_of
-from iqlite.machine.timing import Rates, card_here, card_named, cards, seconds_of_step, steps_of, typical_prompt
 from iqlite.places import shipped_recipes
-from iqlite.recipe.schema import Recipe, load_recipe
+from iqlite.terminal import console as terminal
 from iqlite.terminal import duration, facts, table
+
+if TYPE_CHECKING:
+    from iqlite.machine.memory import Plan, Work
+    from iqlite.machine.timing import Rates
+    from iqlite.recipe.schema import Recipe
 
 SIZES_GB = (6, 8, 10, 12, 16, 24)
 FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; ours
@@ -35,43 +41,64 @@ class Machine:
     rates: Rates | None
 
 
-def run(
-    recipe_path: Path | None, overrides: Sequence[str], *, vram: str | None, card: str | None, device: str | None, everything: bool,
-    as_json: bool, console: Console,
-) -> int:  # fmt: skip
-    """Prints the plan, or with `everything` the table of recipes and card sizes; returns 0 if the recipe fits, else 1."""
+class Device(StrEnum):
+    """Where a plan is for."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def plan(
+    recipe_path: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe; with --all, a folder of recipes (the shipped ones by default).")
+    ] = None,
+    overrides: Set = None,
+    vram: Annotated[str | None, typer.Option(help="Free memory of the GPU to plan for, such as 8GB.")] = None,
+    card: Annotated[str | None, typer.Option(help='A card by its name, such as "RTX 4070".')] = None,
+    kind: Annotated[Device | None, typer.Option("--device", help="Plan for this machine's CPU or card.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell whether a recipe fits, what takes the memory, and how long it takes: nothing is downloaded but a few kB."""
+    from iqlite.machine.fit import advice, choose, given_widths
+    from iqlite.machine.memory import GIB, Work
+    from iqlite.machine.timing import seconds_of_step, steps_of, typical_prompt
+    from iqlite.recipe.schema import load_recipe
+
+    console, overrides, device = terminal(stderr=as_json), overrides or [], kind.value if kind else None
     if everything and (vram or card or device):
         raise RecipeError("--all is about cards of six sizes: leave --vram, --card and --device out, or name one recipe.")
     if everything:
-        return _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
+        _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
+        return
     if recipe_path is None:
         raise RecipeError("name a recipe, such as: iqlite plan recipes/harmless-7b.toml; or all shipped ones: iqlite plan --all")
     recipe = load_recipe(recipe_path, overrides)
     machine = _machine(vram, card, device)
     shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
     work = Work.of(recipe, shape, machine.device)
-    plan = choose(shape, work, machine.free, given_widths(recipe))
+    made = choose(shape, work, machine.free, given_widths(recipe))
     changes, smaller = advice(shape, work, machine.free, given_widths(recipe))
     prompt = typical_prompt(recipe, work.prompt_tokens)
-    seconds = seconds_of_step(shape, work, plan.widths, machine.rates, prompt) if machine.rates else None
+    seconds = seconds_of_step(shape, work, made.widths, machine.rates, prompt) if machine.rates else None
     steps = steps_of(recipe)
-    fits = plan.peak <= machine.free
+    fits = made.peak <= machine.free
     if as_json:
         found: dict[str, Any] = {
             "recipe": str(recipe_path), "machine": machine.name, "device": machine.device, "free_bytes": machine.free, "fits": fits,
-            "peak_bytes": plan.peak, "peak_phase": plan.sets_the_peak, "stays_bytes": dict(plan.stays),
-            "phases_bytes": {phase: dict(terms) for phase, terms in plan.phases.items()}, "widths": asdict(plan.widths),
+            "peak_bytes": made.peak, "peak_phase": made.sets_the_peak, "stays_bytes": dict(made.stays),
+            "phases_bytes": {phase: dict(terms) for phase, terms in made.phases.items()}, "widths": asdict(made.widths),
             "longest_tokens": work.longest, "changes": changes if not fits else [], "changed_peak_bytes": smaller.peak,
             "step_seconds": seconds, "steps": steps, "rates": machine.rates.record() if machine.rates else None,
         }  # fmt: skip
         print(json.dumps(found))
-        return 0 if fits else 1
-    console.print(_terms(recipe, plan))
+        raise typer.Exit(0 if fits else 1)
+    console.print(_terms(recipe, made))
     told = {
         "base": f"{recipe.model.base}, {shape.parameters / 1e9:.2f} G weights ({recipe.model.quantization})",
         "machine": f"{machine.name}, {machine.free / GIB:.1f} GiB free",
-        "peak": f"{plan.peak / GIB:.2f} GiB, in the {plan.sets_the_peak}: " + ("fits" if fits else "doesn't fit"),
-        "at once": _widths(plan, work),
+        "peak": f"{made.peak / GIB:.2f} GiB, in the {made.sets_the_peak}: " + ("fits" if fits else "doesn't fit"),
+        "at once": _widths(made, work),
         "lengths": f"prompts up to {work.prompt_tokens} tokens, answers up to {work.new_tokens}",
     }
     if not fits:
@@ -83,11 +110,13 @@ def run(
     else:
         told["time"] = "unknown: name the card with --card" if vram else "unknown until this machine was measured: iqlite bench"
     facts(console, told)
-    return 0 if fits else 1
+    raise typer.Exit(0 if fits else 1)
 
 
 def _terms(recipe: Recipe, plan: Plan) -> Any:
     """Terms by phase, in GiB."""
+    from iqlite.machine.memory import GIB, PHASES
+
     names = list(dict.fromkeys(term for phase in PHASES for term in plan.phases[phase]))
     rows = [[name, *[f"{size / GIB:.2f}"] * len(PHASES)] for name, size in plan.stays.items() if size]
     rows += [[name, *(f"{size / GIB:.2f}" if (size := plan.phases[phase].get(name)) else "" for phase in PHASES)] for name in names]
@@ -106,8 +135,12 @@ def _short(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
-def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Console) -> int:
+def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Console) -> None:
     """Every recipe of a folder on every card size."""
+    from iqlite.machine.fit import advice, choose, given_widths
+    from iqlite.machine.memory import GIB, Work
+    from iqlite.recipe.schema import load_recipe
+
     recipes = sorted(folder.glob("*.toml"))
     if not recipes:
         raise RecipeError(f"{folder} holds no recipes (.toml): name a folder that does.")
@@ -137,17 +170,19 @@ def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Cons
         rows.append([escape(path.stem), *cells])
     if as_json:
         print(json.dumps(found))
-        return 0
+        return
     console.print(table("peak memory in GiB by the card's size", ("recipe", *(f"{size} GB" for size in SIZES_GB)), rows))
     console.print(
         "* with changes that iqlite plan RECIPE --vram SIZE names; – not even then. 95 % of a card's memory is taken to be free.",
         markup=False,
     )
-    return 0
 
 
 def _machine(vram: str | None, card: str | None, device: str | None) -> Machine:
     """What the options mean; without any, this machine."""
+    from iqlite.machine.memory import GIB
+    from iqlite.machine.timing import Rates, card_here, card_named, cards
+
     if (vram or card) and device == "cpu":
         raise RecipeError("--device cpu has no --vram or --card: leave them out, or plan for a card.")
     if card is not None:

@@ -9,39 +9,74 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
+import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from iqlite.aim.look import RIGHT, look_sampler, signed, spread, spread_by_kind
-from iqlite.aim.search import CHOOSING, Trial
-from iqlite.aim.search import improve as run_search
-from iqlite.aim.writing import out_path, two_sided, write
-from iqlite.chat.superior import check_heard
-from iqlite.errors import RunError
-from iqlite.evaluation.judges import RewardModel, named, rubric_of
-from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
-from iqlite.machine.sizes import within_memory
+from iqlite.commands.options import Json, Set, there
+from iqlite.errors import RecipeError, RunError
 from iqlite.places import cache_folder
-from iqlite.recipe.pairs import load_pairs
-from iqlite.recipe.schema import Recipe
-from iqlite.recipe.wording import lint
-from iqlite.records import Prompts
-from iqlite.scoring.intervals import FEWEST, Array
 from iqlite.terminal import clean, duration, table
-from iqlite.training.measuring import DESCRIBED, HARMLESS, OWN_EYE, measured
-from iqlite.training.session import open_session
+from iqlite.terminal import console as terminal
+
+if TYPE_CHECKING:
+    from iqlite.aim.search import Trial
+    from iqlite.recipe.schema import Recipe
+    from iqlite.records import Prompts
+    from iqlite.scoring.intervals import Array
 
 EXAMPLE = 160
 VERDICTS = "judgements.jsonl"
 LONGEST = 256  # tokens of an answer of a pair that are read
 
 
-def run(
+def probe(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    overrides: Set = None,
+    count: Annotated[int, typer.Option(min=2, help="How many held-out prompts are answered.")] = 16,
+    strengths: Annotated[list[float] | None, typer.Option("--strength", help="A strength to try; can be given several times.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Preference pairs, JSON lines with prompt, chosen and rejected: does π̃ agree?")] = None,
+    improve: Annotated[
+        bool, typer.Option("--improve", help="Turn the aim: try placements, strengths, wordings and the model's own demonstrations.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="With --improve: the new recipe; by default NAME-aimed.toml.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="With --improve: about how long to try.")] = 10.0,
+    judge: Annotated[str | None, typer.Option(help="With --improve: reward:NAME or URL#MODEL instead of the recipe's measure.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Before training: does the description move this base, where, at which strength? --improve turns its aim."""
+    from iqlite.recipe.schema import load_recipe
+
+    read = load_recipe(recipe, overrides or [])  # a fault in it is reported before torch is imported
+    there(pairs=pairs)
+    if not improve and (out or judge):
+        raise RecipeError("-o and --judge belong to --improve: add it, or leave them out.")
+    if improve and (pairs or strengths):
+        raise RecipeError("--improve chooses strengths itself and takes no --pairs: leave --strength and --pairs out.")
+    console = terminal(stderr=as_json)
+    if improve:
+        _improve(read, overrides or [], out=out, minutes=minutes, judge=judge, as_json=as_json, console=console)
+    else:
+        _probe(read, prompts=count, pairs=pairs, strengths=strengths, as_json=as_json, console=console)
+
+
+def _probe(
     recipe: Recipe, *, prompts: int, pairs: Path | None, strengths: Sequence[float] | None, as_json: bool, console: Console
-) -> int:  # fmt: skip
-    """Reads, answers, prints; returns the exit code."""
+) -> None:  # fmt: skip
+    """Reads, answers, prints."""
+    from iqlite.aim.look import look_sampler
+    from iqlite.chat.superior import check_heard
+    from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
+    from iqlite.machine.sizes import within_memory
+    from iqlite.recipe.pairs import load_pairs
+    from iqlite.recipe.wording import lint
+    from iqlite.scoring.intervals import FEWEST
+    from iqlite.training.measuring import DESCRIBED, HARMLESS, OWN_EYE
+    from iqlite.training.opening import open_session
+    from iqlite.training.order import spread, spread_by_kind
+
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})  # the bare base is what is probed
     check_heard(recipe)
     strengths = sorted(strengths or {*STRENGTHS, recipe.superior.settings()["strength"]} - {0.0})
@@ -86,7 +121,7 @@ def run(
             "suggested": best, "lint": notes, "pairs": len(given), "cut": cut, "ranks": {way: asdict(one) for way, one in ranked.items()}, "agrees": agrees,
         }  # fmt: skip
         print(json.dumps(result))
-        return 0
+        return
     for note in (*session.notes, *notes):
         console.print(f"[yellow]{clean(note)}[/]")
     cells = [
@@ -121,13 +156,24 @@ def run(
         console.print(f"[dim]{OWN_EYE}[/]")
     quoted = shlex.quote(str(recipe.path))
     console.print(f"next:  iqlite {'train' if likely else 'probe'} {quoted}{'' if likely else ' --improve'}", markup=False)
-    return 0
 
 
-def improve(
+def _improve(
     recipe: Recipe, overrides: Sequence[str], *, out: Path | None, minutes: float, judge: str | None, as_json: bool, console: Console
-) -> int:
-    """Turns the recipe's aim and writes the recipe that aims best; returns the exit code."""
+) -> None:
+    """Turns the recipe's aim and writes the recipe that aims best."""
+    import numpy as np
+
+    from iqlite.aim.look import RIGHT, signed
+    from iqlite.aim.search import CHOOSING
+    from iqlite.aim.search import improve as run_search
+    from iqlite.aim.writing import out_path, two_sided, write
+    from iqlite.chat.superior import check_heard
+    from iqlite.evaluation.judges import RewardModel, named, rubric_of
+    from iqlite.machine.sizes import within_memory
+    from iqlite.training.measuring import measured
+    from iqlite.training.opening import open_session
+
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})
     check_heard(recipe)
     path = out_path(recipe, out)
@@ -178,7 +224,7 @@ def improve(
             "trials": [{"what": t.candidate.what, "score": t.score, "difference": asdict(t.difference), "nll": t.nll, "best": t.best} for t in found.trials],
             "before": asdict(found.before), "after": asdict(found.after),
         }))  # fmt: skip
-        return 0
+        return
     cells = [
         [clean(t.candidate.what), f"{t.score:.3f}", signed(t.difference), "" if t.nll is None else f"{t.nll:.2f}", "*" if t.best else ""]
         for t in found.trials
@@ -193,11 +239,10 @@ def improve(
         console.print(
             "[yellow]nothing that was tried beats the recipe as it stands: nothing is written. Write demonstrations yourself, or take a larger base.[/]"
         )
-        return 0
+        return
     console.print(f"[{'green' if kept else 'bold yellow'}]now, on the same: {clean(found.after.figures())}[/]")
     if not kept:
         console.print(
             "[bold yellow]That is no improvement that can be told from chance on prompts that nothing was chosen on: train with care.[/]"
         )
     console.print(f"wrote {path} ({found.best.what})\nnext:  iqlite train {shlex.quote(str(path))}", markup=False)
-    return 0

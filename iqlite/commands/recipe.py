@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
-
-from iqlite.method.estimators import ESTIMATORS
-from iqlite.method.objectives import OBJECTIVES
-from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, settings_of
+from iqlite.commands.options import Json
 from iqlite.terminal import clean, table
+from iqlite.terminal import console as terminal
 
 
-def run(*, as_json: bool, console: Console) -> int:
-    """Prints the keys; returns the exit code."""
+def recipe(as_json: Json = False) -> None:
+    """List every key of a recipe with its default and what it does."""
+    console = terminal(stderr=as_json)
     rows = keys()
     if as_json:
         print(json.dumps([{"key": key, "default": default, "what": what} for key, default, what in rows]))
@@ -23,11 +21,14 @@ def run(*, as_json: bool, console: Console) -> int:
         made = table("keys of a recipe", ("key", "default", "what it does"), shown)
         made.columns[1].justify = made.columns[2].justify = "left"
         console.print(made)
-    return 0
 
 
 def keys() -> list[tuple[str, Any, str]]:
     """(key, default, what it does) of every field, and of every estimator's and objective's settings."""
+    from iqlite.method.estimators import ESTIMATORS
+    from iqlite.method.objectives import OBJECTIVES
+    from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, settings_of
+
     found: list[tuple[str, Any, str]] = []
     for table_name, field in Recipe.model_fields.items():
         found += _of(table_name, field.annotation)

@@ -6,35 +6,56 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
-from safetensors.torch import load_file
 
-from iqlite.aim.look import RIGHT, WRONG, Look, chosen, look, sentence
 from iqlite.base.identity import ADAPTER_WEIGHTS
+from iqlite.commands.options import Json, Set
 from iqlite.errors import AimError, RunError
-from iqlite.evaluation.answers import Answerer
-from iqlite.evaluation.safety import check, load_items, show_safety
-from iqlite.export.card import AIM, adapter_digest
-from iqlite.machine.sizes import within_memory
 from iqlite.places import RUNS
-from iqlite.recipe.schema import Recipe
-from iqlite.recipe.wording import lint
-from iqlite.run.rundir import RunDir, check_space, free_name, json_numbers
 from iqlite.terminal import clean, counting, duration, facts
-from iqlite.training.loop import Outcome, peak_gib, train
-from iqlite.training.progress import TrainingView, finish_the_step
-from iqlite.training.session import Session, environment, open_session
+from iqlite.terminal import console as terminal
+
+if TYPE_CHECKING:
+    from iqlite.aim.look import Look
+    from iqlite.recipe.schema import Recipe
+    from iqlite.run.rundir import RunDir
+    from iqlite.training.loop import Outcome
+    from iqlite.training.session import Session
 
 ADAPTERS_ON_DISK = 12  # adapter, best and checkpoints with two moments each, one of each being written
 INTERRUPTED = 130
 
 
-def run(
-    recipe: Recipe, overrides: Sequence[str], out: Path | None, *, resume: bool, force: bool, safety: bool, as_json: bool, console: Console
-) -> int:
-    """Trains; returns the exit code: 0, or 130 after Ctrl-C. The recipe has the `overrides` already; they are for the command to go on with."""
+def train(
+    recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/cheerful-135m.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME, numbered if that exists.")] = None,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace what is there; start even if memory seems too small or the target points the wrong way."),
+    ] = False,
+    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="At the end: harm, over-refusal and bias before and after.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Train a described behaviour into a LoRA adapter."""
+    from iqlite.recipe.schema import load_recipe
+    from iqlite.run.files import check_space, free_name
+    from iqlite.run.findings import AIM
+    from iqlite.run.rundir import RunDir
+
+    recipe = load_recipe(recipe_path, overrides or [])  # a fault in it is reported before torch is imported
+    console = terminal(stderr=as_json)
+
+    from iqlite.aim.look import WRONG
+    from iqlite.machine.sizes import within_memory
+    from iqlite.training.loop import train as run_loop
+    from iqlite.training.opening import environment, open_session
+    from iqlite.training.progress import TrainingView, finish_the_step
+
     name = recipe.path.stem
     path = out or (RUNS / name if resume or force else free_name(RUNS, name))
     existing = _existing(path, resume=resume, force=force)
@@ -63,14 +84,18 @@ def run(
         finish_the_step(console) as interrupt,
         TrainingView(console, total, first) as view,
     ):
-        outcome = train(session, run_dir, view, lambda: interrupt.asked)
+        outcome = run_loop(session, run_dir, view, lambda: interrupt.asked)
     safe = _safety(session, run_dir, console) if safety and outcome.why != "interrupted" else None
-    _conclude(console, run_dir, recipe.path, overrides, out, outcome, safe, as_json=as_json)
-    return INTERRUPTED if outcome.why == "interrupted" else 0
+    _conclude(console, run_dir, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
+    raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
 
 
 def _look(session: Session, force: bool, console: Console) -> Look | None:
     """Whether the target points the right way; AimError where it points the wrong one, unless that is forced."""
+    from iqlite.aim.look import RIGHT, WRONG, chosen, look, sentence
+    from iqlite.machine.sizes import within_memory
+    from iqlite.recipe.wording import lint
+
     recipe = session.recipe
     for note in lint(recipe.behavior.wanted, recipe.behavior.unwanted):
         console.print(f"[yellow]{clean(note)}[/]")
@@ -97,6 +122,13 @@ def _look(session: Session, force: bool, console: Console) -> Look | None:
 
 def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, Any]:
     """The small safety set before and after, whatever the run was about: a cheerful tone mustn't cost a refusal unseen."""
+    from safetensors.torch import load_file
+
+    from iqlite.evaluation.answers import Answerer
+    from iqlite.evaluation.safety import check, load_items
+    from iqlite.machine.sizes import within_memory
+    from iqlite.run.findings import adapter_digest
+
     session.policy.load_state(load_file(run_dir.adapter / ADAPTER_WEIGHTS))  # a monitor's stop leaves the best, not the last
     who = {"base": Answerer("base", "reference"), "trained": Answerer("trained", "policy", of=adapter_digest(run_dir.adapter))}
     items = load_items()
@@ -107,6 +139,8 @@ def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, An
 
 def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters: int) -> dict[str, str]:
     """What will be trained from what, and the numbers that follow from the recipe."""
+    from iqlite.device import peak_gib
+
     base, rollout, superior = session.policy.base, recipe.rollout, recipe.superior
     passes = total * rollout.prompts_per_step / len(session.train)
     settings = ", ".join(f"{name} {value:g}" for name, value in superior.settings().items())
@@ -127,6 +161,8 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
 
 def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
     """The run to resume, or None for a new one; says early what can't be."""
+    from iqlite.run.rundir import RunDir
+
     if resume and force:
         raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
     if resume:
@@ -140,6 +176,8 @@ def _conclude(
     console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome,
     safe: dict[str, Any] | None, *, as_json: bool,
 ) -> None:  # fmt: skip
+    from iqlite.run.files import json_numbers
+
     if as_json:
         print(json.dumps({"run": str(run_dir.path), **json_numbers(vars(outcome)), "safety": safe}))
         return
@@ -158,6 +196,8 @@ def _conclude(
     facts(console, shown)
     console.print(_measured(run_dir), markup=False)
     if safe:
+        from iqlite.evaluation.safety import show_safety
+
         show_safety(console, safe)
     console.print(f"next:  iqlite compare {shlex.quote(str(run_dir.path))}", markup=False)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from iqlite.chat.superior import superior_answers
 from iqlite.model.sampling import Sampler
+from iqlite.model.template import Description
 from iqlite.places import cache_folder
-from iqlite.recipe.prompts import Description
 from iqlite.records import Messages, Rollout
-from iqlite.run.rundir import explained
+from iqlite.run.files import explained
 from iqlite.training.measuring import rollout_of, token_logps
 from iqlite.training.readings import Reading
 from iqlite.training.session import Session

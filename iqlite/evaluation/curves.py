@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iqlite.errors import RunError
-from iqlite.run.rundir import SAMPLES, RunDir
+from iqlite.run.journal import SAMPLES, Journal
+from iqlite.run.rundir import RunDir
 
 PHASES = ("time/rollout_s", "time/read_s", "time/update_s")
 
@@ -49,8 +50,8 @@ def of_run(run: RunDir, measure: Callable[[str], float] | None) -> list[Point]:
 
 def of_baseline(folder: Path, epoch: float, measure: Callable[[str], float] | None) -> list[Point]:
     """A baseline's curve; `epoch` is what one step is of a pass over its prompts or pairs."""
-    at = {line["step"]: (line["tokens"], line["seconds"]) for line in RunDir(folder).metrics()}
-    return _points(RunDir(folder), {0: (0.0, 0.0)} | at, epoch, measure)
+    at = {line["step"]: (line["tokens"], line["seconds"]) for line in Journal(folder).metrics()}
+    return _points(Journal(folder), {0: (0.0, 0.0)} | at, epoch, measure)
 
 
 def until(points: Sequence[Point], share: float = 0.9) -> Point | None:
@@ -65,7 +66,7 @@ def until(points: Sequence[Point], share: float = 0.9) -> Point | None:
     return points[-1]
 
 
-def _points(run: RunDir, at: Mapping[int, tuple[float, float]], epoch: float, measure: Callable[[str], float] | None) -> list[Point]:
+def _points(run: Journal, at: Mapping[int, tuple[float, float]], epoch: float, measure: Callable[[str], float] | None) -> list[Point]:
     by_step: dict[int, list[tuple[str, float | None]]] = {}
     for line in run.lines(SAMPLES):
         by_step.setdefault(line["step"], []).append((line["answer"], line.get("score")))

@@ -18,7 +18,7 @@ from pydantic import HttpUrl
 
 from iqlite.errors import RunError
 from iqlite.records import Messages
-from iqlite.run.rundir import explained
+from iqlite.run.files import explained
 
 PREFIXES = ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"

@@ -16,7 +16,8 @@ from iqlite.recipe.pairs import Pair, answer_ids
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.scoring.intervals import FEWEST, Array, Estimate, paired, wilson
 from iqlite.training.measuring import measured
-from iqlite.training.session import Session, moved
+from iqlite.training.placement import moved
+from iqlite.training.session import Session
 
 PARTS = 4  # quarters of an answer
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from iqlite.errors import PromptsError
 from iqlite.evaluation.answers import Answer, Answerer, collect
-from iqlite.export.card import SAFETY, file_of
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import is_text
+from iqlite.run.findings import SAFETY, file_of
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.intervals import RESAMPLES, SEED, Array, Estimate, wilson
 from iqlite.scoring.measures import compliance, refusal, tone

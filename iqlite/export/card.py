@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iqlite import __version__
-from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from iqlite.recipe.schema import HubPrompts, Recipe
-from iqlite.records import HELD_OUT_KL
+from iqlite.run.findings import digest, figures
 from iqlite.run.rundir import RunDir, locked
 
 if TYPE_CHECKING:
-    from iqlite.recipe.prompts import Chat
+    from iqlite.model.template import Chat
 
 MANIFEST = "iqlite-manifest.json"
 BESIDE = (".json", ".md")  # manifest and card of what is one file
-COMPARISON, SAFETY = "compare", "safety"
-AIM = "aim.json"  # what the look before training found
-HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
 
 
 def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,9 +27,9 @@ def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: 
         "iqlite": __version__,
         "made": dict(made),
         "base": identity | {"name": public_name(identity["name"]), "revision": recipe.model.revision, "licence": licence},
-        "adapter": {"which": adapter.name, "sha256": _digest((adapter / "adapter_model.safetensors").read_bytes())},
-        "tokenizer_sha256": _digest(chat.tokenizer.backend_tokenizer.to_str().encode()),
-        "chat_template_sha256": _digest(chat.template.encode()),
+        "adapter": {"which": adapter.name, "sha256": digest((adapter / "adapter_model.safetensors").read_bytes())},
+        "tokenizer_sha256": digest(chat.tokenizer.backend_tokenizer.to_str().encode()),
+        "chat_template_sha256": digest(chat.template.encode()),
         "stop_tokens": [chat.tokenizer.decode([token]) for token in chat.stop_ids],
         "recipe": _public(locked(recipe)),
         "prompts": {"sources": [public_name(name) for name in sources(recipe)], **environment["prompts"]},
@@ -45,53 +40,6 @@ def manifest(run: RunDir, adapter: Path, chat: Chat, licence: str | None, made: 
         },
         "figures": _public(figures(run, adapter)),
     }
-
-
-def file_of(name: str, which: str = "adapter", asked: str = "") -> str:
-    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME.FILE.json for other prompts or requests than its own."""
-    return name + (f"-{which}" if which != "adapter" else "") + (f".{asked}" if asked else "") + ".json"
-
-
-def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
-    """What the run measured on its held-out prompts, and what `iqlite compare` found of this very adapter, if it was asked.
-
-    `compare` is of the run's own held-out prompts, `elsewhere` a list of the same on others; `safety` is a list, one for each set of requests.
-    """
-    evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
-    found: dict[str, Any] = {}
-    digest = adapter_digest(adapter)
-    if evaluated:
-        step = run.step_of(adapter)
-        last = [line for line in evaluated if line["step"] <= step][-1]
-        found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
-        found["steps"] = last["step"]
-    if evaluated and evaluated[0].get("eval/measure") is not None:
-        found["held_out_measure"] = {"of": run.recipe().judge.measure, "base": last["eval/measure_base"], "after": last["eval/measure"]}
-    if (run.path / AIM).is_file():
-        found["aim"] = json.loads((run.path / AIM).read_text("utf-8"))
-    compared: dict[str, Any] = {}
-    checked: dict[str, Any] = {}
-    for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
-        one = json.loads(file.read_text("utf-8"))
-        if one.get("adapter_sha256") != digest:
-            continue
-        if file.name.startswith(SAFETY):
-            checked[one["set"]] = one
-        elif one["asked"] not in compared or answers_in(one) >= answers_in(compared[one["asked"]]):
-            compared[one["asked"]] = one  # adapter and best may be the same one, and both have been asked
-    if HELD_OUT in compared:
-        found["compare"] = compared.pop(HELD_OUT)
-    return found | ({"elsewhere": [*compared.values()]} if compared else {}) | ({"safety": [*checked.values()]} if checked else {})
-
-
-def answers_in(comparison: Mapping[str, Any]) -> int:
-    """How many answers of each answerer a comparison holds."""
-    return int(comparison["prompts"] * comparison["seeds"])
-
-
-def adapter_digest(folder: Path) -> str:
-    """What tells one adapter from another: its weights, and what multiplies them."""
-    return _digest((folder / ADAPTER_WEIGHTS).read_bytes() + (folder / ADAPTER_CONFIG).read_bytes())[:16]
 
 
 def warnings(manifest: Mapping[str, Any]) -> list[str]:
@@ -224,7 +172,3 @@ def _public(data: Any) -> Any:
     if isinstance(data, list):
         return [_public(value) for value in data]
     return public_name(data) if isinstance(data, str) and len(data) < 500 else data
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

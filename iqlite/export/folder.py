@@ -1,42 +1,30 @@
-"""A merged model as a folder in Hugging Face format, written shard by shard; and how far it is from the adapter on its own base."""
+"""A merged model as a folder in Hugging Face format, written shard by shard."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from iqlite.base.loading import load_base
 from iqlite.export.merge import DTYPES, Merge, Stored, write_safetensors
-from iqlite.method.loss import spans
-from iqlite.model.policy import Policy
-from iqlite.model.sampling import Sampler
-from iqlite.recipe.prompts import Chat
-from iqlite.recipe.schema import Recipe
-from iqlite.records import Rollout
+from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
-from iqlite.training.readings import Reading, read
-from iqlite.training.session import free_memory, open_session
 
 JOB = "merge.json"
 INDEX = "model.safetensors.index.json"
-CHECK_PROMPTS, CHECK_TOKENS, CHECK_CHUNK = 8, 32, 64
 
 
-def opened(run: RunDir, adapter: Path, *, base: str, strength: float, dtype: str | None) -> tuple[Merge, Chat]:
-    """What a run's adapter and its base come to: `base` is "trained" (the weights that the adapter learned on) or "stored"."""
+def opened(run: RunDir, adapter: Path, *, base: str, scale: float, dtype: str | None) -> tuple[Merge, Chat]:
+    """A run's adapter and its base, to be summed: `base` is "trained" (the weights that the adapter learned on) or "stored"."""
     recipe = run.recipe()
     stored = Stored.find(recipe.model.base, recipe.folder, recipe.model.revision)
     compute = DTYPES[run.environment()["compute_dtype"]] if base == "trained" else torch.float32
     nf4 = base == "trained" and recipe.model.quantization == "nf4"
-    merge = Merge(stored, adapter, nf4=nf4, compute=compute, strength=strength, dtype=DTYPES[dtype] if dtype else None)
+    merge = Merge(stored, adapter, nf4=nf4, compute=compute, scale=scale, dtype=DTYPES[dtype] if dtype else None)
     return merge, chat_of(stored)
 
 
@@ -88,58 +76,6 @@ def write_folder(making: Path, merge: Merge, chat: Chat, job: Mapping[str, Any],
         json.dumps({**generation, "eos_token_id": list(chat.stop_ids)}, indent=2) + "\n", "utf-8"
     )
     (making / JOB).unlink()
-
-
-def fits_check(merge: Merge) -> bool:
-    """Whether the merged model, unquantised, can be held in this machine's memory to be compared."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    weights = sum(torch.Size(shape).numel() for shard in merge.stored.shards for _, shape in merge.layout(shard).values())
-    return weights * (4 if device.type == "cpu" else 2) * 1.2 + 2**30 < free_memory(device)
-
-
-def kl_to_merged(
-    recipe: Recipe, adapter: Path, placement: str, merged: Path, scratch: Path, *, strength: float, say: Callable[[str], None]
-) -> float | None:
-    """KL(adapter on its base ‖ merged) in nats a token, on answers of the policy to held-out prompts; None if memory doesn't do.
-
-    One model in memory at a time: the first one's log-probabilities wait on the disk, [tokens, V] float32.
-    """
-    try:
-        return _kl(recipe, adapter, placement, merged, scratch, strength, say)
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _kl(recipe: Recipe, adapter: Path, placement: str, merged: Path, scratch: Path, strength: float, say: Callable[[str], None]) -> float:
-    session = open_session(recipe, start=adapter, placement=placement, say=say)
-    session.policy.strengthen(strength)
-    requests = session.eval.requests[:CHECK_PROMPTS]
-    sampler = Sampler(recipe.train.seed, min(recipe.rollout.max_new_tokens, CHECK_TOKENS), stream="merge")
-    rollout = session.answers("policy", requests, sampler)
-    count, vocabulary = int(rollout.mask_BT.sum()), session.policy.head.linear.weight.shape[0]
-    kept = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float32, shape=(count, vocabulary))
-    chat, sizes = session.chat, session.sizes
-    for at, logp_nV in _logps(session.policy, chat, rollout, "policy", sizes):
-        kept[at] = logp_nV.numpy()
-    del session
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    say(f"loading {merged.name}")
-    policy = Policy(load_base(str(merged), "none"), rank=1, alpha=1.0, seed=0)
-    total = 0.0
-    for at, logp_nV in _logps(policy, chat, rollout, "reference", sizes):
-        first_nV = torch.from_numpy(np.array(kept[at])).double()
-        total += float((first_nV.exp() * (first_nV - logp_nV.double())).sum())
-    return total / count
-
-
-def _logps(policy: Policy, chat: Chat, rollout: Rollout, role: str, sizes: Any) -> Iterator[tuple[slice, Tensor]]:
-    """(span, log-probabilities [n, V] on the host) of the response tokens, some at a time."""
-    hidden_nD = read(policy, chat, rollout, [Reading("it", role)], sizes).hidden["it"][rollout.mask_BT]
-    with torch.no_grad():
-        for at in spans(len(hidden_nD), CHECK_CHUNK):
-            yield at, policy.head(hidden_nD[at]).log_softmax(-1).cpu()
 
 
 def licence_of(stored: Stored) -> str | None:

@@ -17,10 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from iqlite.base.gguf_files import find_gguf
 from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter, check_mergeable
-from iqlite.base.loading import explain, first_line, locate
-from iqlite.errors import BaseError
+from iqlite.base.names import explain, find_gguf, locate
+from iqlite.errors import BaseError, first_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -115,18 +114,18 @@ class Merge:
     """An adapter summed into a base, tensor by tensor."""
 
     def __init__(
-        self, stored: Stored, adapter: Path, *, nf4: bool = False, compute: torch.dtype = torch.float32, strength: float = 1.0,
+        self, stored: Stored, adapter: Path, *, nf4: bool = False, compute: torch.dtype = torch.float32, scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
         """`nf4` takes the linear layers' weights through NF4 and back, as training had them in its `compute` dtype.
 
-        `strength` multiplies the adapter; `dtype` is what is written, by default each tensor's own. AdapterError if the adapter isn't this base's.
+        `scale` multiplies the adapter; `dtype` is what is written, by default each tensor's own. AdapterError if the adapter isn't this base's.
         """
         from safetensors.torch import load_file
 
         self.stored, self.nf4, self.compute, self.dtype = stored, nf4, compute, dtype
         check_mergeable(adapter)
-        scale = check_adapter(adapter, stored.identity()).scale * strength
+        scale = check_adapter(adapter, stored.identity()).scale * scale
         state = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in load_file(adapter / ADAPTER_WEIGHTS).items()}
         self.deltas: dict[str, tuple[Tensor, Tensor, float]] = {}
         for name, a_rI in state.items():

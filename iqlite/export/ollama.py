@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iqlite.recipe.prompts import Chat
+from iqlite.model.template import Chat
 from iqlite.records import Messages
 
 _SYSTEM, _USERS, _ANSWERS = "iq-system", ("iq-first", "iq-second"), ("iq-answer-one", "iq-answer-two")

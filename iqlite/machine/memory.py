@@ -6,15 +6,10 @@ form gives were measured on this project's own code and are named below; tests/b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from iqlite.base.architectures import Shape, known
-from iqlite.base.gguf_files import EMBEDDED, find_gguf
-from iqlite.base.hub import offline_without_network
-from iqlite.errors import BaseError
+from iqlite.base.architectures import Shape
 from iqlite.recipe.schema import Behavior, Principle, Recipe, readings_of
 
 GIB, MIB = 2**30, 2**20
@@ -126,35 +121,6 @@ def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:
         found["fragmentation"] = sum(found.values()) * (FRAGMENTATION[work.device] - 1)
         phases[name] = found
     return Plan(widths, _stays(shape, work), phases)
-
-
-def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> Shape:
-    """The shape of a base by its recipe name: a GGUF file's header, a folder's config.json, the package's list, or the hub's config.json."""
-    gguf = None if name == EMBEDDED else find_gguf(name, beside)
-    if gguf is not None:
-        return Shape.of_gguf(gguf, name)
-    for folder in (beside / Path(name).expanduser(), Path(name).expanduser()):
-        if (folder / "config.json").is_file():
-            try:
-                return Shape.of(json.loads((folder / "config.json").read_text("utf-8")), name)
-            except (ValueError, OSError) as error:
-                raise BaseError(f"base {name!r}: {folder / 'config.json'} can't be read ({error}); download it again.") from None
-    if name in known():
-        return Shape.of(known()[name], name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise BaseError(f"base {name!r}: no such file or folder; paths are relative to the recipe.")
-    offline_without_network()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        file = hf_hub_download(name, "config.json", revision=revision)
-        return Shape.of(json.loads(Path(file).read_text("utf-8")), name)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise BaseError(
-            f"base {name!r}: its config.json can't be had ({said}); connect to the network, log in if it's gated, or name a local folder."
-        ) from None
 
 
 def _stays(shape: Shape, work: Work) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from iqlite.device import is_out_of_memory, let_go
 from iqlite.errors import BaseError
 from iqlite.recipe.schema import Recipe
 
@@ -70,9 +70,7 @@ class Sizes:
             setattr(self, which, fewer)
             again.append(True)
         if again:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            let_go()
             self.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[which]} from now on; the result stays the same.")
 
 
@@ -85,8 +83,3 @@ def within_memory(recipe: Recipe, how: str) -> Iterator[None]:
         raise BaseError(
             f"{recipe.path}: memory is full; lower rollout.max_new_tokens ({recipe.rollout.max_new_tokens}), prompts.max_tokens ({recipe.prompts.max_tokens}) or train.chunk_tokens {how}."
         ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for a card's or a CPU allocator's out-of-memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

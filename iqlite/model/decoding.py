@@ -43,13 +43,13 @@ def draw(
     rests = [ids[0 if start is None else len(start) :] for ids, start in zip(rows, begun, strict=True)]
     longest = max(map(len, rests))
     ids_RL, real_RL, position_RL = padded(rests, new, stop_ids[0], device, [0 if start is None else len(start) for start in begun])
-    cache = Decoding(len(policy.decoder.layers), before + longest + new, begun)
+    cache = Decoding(len(policy.forward.decoder.layers), before + longest + new, begun)
     stop = torch.tensor(list(stop_ids))
     which_b = torch.arange(len(index))
     numbers = np.asarray(index, dtype=np.uint64)
     ended_b = torch.zeros(len(index), dtype=torch.bool)
     for position in range(new):
-        state_RD = policy.decoder(
+        state_RD = policy.forward.decoder(
             input_ids=ids_RL,
             attention_mask=real_RL[:, : before + longest + position],
             position_ids=position_RL,
@@ -76,7 +76,7 @@ def _begun(policy: Policy, rows: Sequence[Sequence[int]], starts: Sequence[Seque
     """What each row starts with. None for all where a row that can't share is the longest: there is then as much to read as without."""
     # Padding between a prefix and what follows makes a row reach no further than this, which a sliding window would notice.
     furthest = max(map(len, starts)) + max(map(len, rows)) + new
-    begun = policy.begun(rows, starts, longest=furthest)
+    begun = policy.forward.begun(rows, starts, longest=furthest)
     longest = max(map(len, rows))
     unshared = max((len(ids) for ids, start in zip(rows, begun, strict=True) if start is None), default=0)
     return [None] * len(rows) if unshared == longest else begun

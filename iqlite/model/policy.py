@@ -7,10 +7,7 @@ Outside such a block the model is the policy, in training mode, with gradients i
 
 from __future__ import annotations
 
-import functools
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,16 +16,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from iqlite.base.identity import check_adapter
-from iqlite.base.loading import Base, first_line
-from iqlite.errors import AdapterError
+from iqlite.base.loading import Base
+from iqlite.errors import AdapterError, first_line
+from iqlite.model.forward import Forward, recompute_layers
 from iqlite.model.head import Head
-from iqlite.model.keyvalues import Prefix, Seen, before_rows
 from iqlite.model.linear import folded as into_one
 from iqlite.model.linear import make_lean
 
+MOVING = (None, "policy", "ema")  # roles whose weights change from step to step
 TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
 LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; ours
 
@@ -40,7 +37,6 @@ class Policy:
         """Puts a fresh LoRA (B = 0, so the policy starts as the reference) or the adapter in `start` on the base's linear layers."""
         self.base = base
         self.head = Head.of(base.model)
-        self.decoder = base.model.get_decoder()
         self.device: torch.device = base.device
         if start is None:
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -56,12 +52,12 @@ class Policy:
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
         self._role: str | None = None
-        self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
-        # A prefix stands further from padded rows than it seems, which a sliding window would notice.
-        self._window: float = getattr(base.model.config, "sliding_window", None) or math.inf
+        self.forward = Forward(
+            base.model.get_decoder(), base.model.config, base.device, lambda: self._role or "", lambda: self._role in MOVING
+        )
         make_lean(self.model)
         if checkpointing:
-            recompute_layers(self.decoder)
+            recompute_layers(self.forward.decoder)
         self.model.train()
 
     @property
@@ -101,75 +97,7 @@ class Policy:
             self.model.train()
             self._role = None
 
-    def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int, shared: Sequence[Sequence[int]] = ()
-    ) -> Tensor:
-        """Last hidden states [B, width, D] (compute dtype, after the final norm) at the positions that predict the responses.
-
-        `shared` are the ids that each row's prompt begins with, as many other rows' do (empty for none): what they come to is computed
-        once and not for every row. Sequences are padded on the right, where a causal model's real tokens can't see the padding.
-        Rows shorter than `width` end in zeros.
-        """
-        window = max(map(len, prompts)) + max(map(len, responses))
-        begun = self.begun(prompts, shared, longest=window)
-        # The last response token predicts nothing that is asked for.
-        rows = [[*p, *r[:-1]][0 if start is None else len(start) :] for p, r, start in zip(prompts, responses, begun, strict=True)]
-        longest = max(map(len, rows))
-        ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        cache = before_rows(begun)
-        if cache is None:
-            hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
-        else:
-            done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
-            before = int(done_B.max())
-            real_BL = torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None]
-            hidden_BLD = self.decoder(
-                input_ids=ids_BL,
-                attention_mask=real_BL,
-                position_ids=done_B[:, None] + torch.arange(longest, device=self.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-        batch = []
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            start = begun[row]
-            at = len(prompt) - (0 if start is None else len(start)) - 1  # the state before the first response token
-            used = hidden_BLD[row, at : at + len(response)]
-            batch.append(torch.nn.functional.pad(used, (0, 0, 0, width - len(response))))
-        return torch.stack(batch)
-
-    def prefix(self, ids: Sequence[int]) -> Prefix:
-        """Keys and values of `ids` as the model reads them now; those of weights that don't move are kept for the whole run."""
-        key = (self._role or "", tuple(ids))
-        if key in self._prefixes:
-            return self._prefixes[key]
-        seen = Seen(len(self.decoder.layers))
-        self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=seen, use_cache=True)
-        made = Prefix.of(ids, seen)
-        if self._role not in (None, "policy", "ema"):
-            self._prefixes[key] = made
-        return made
-
-    def forget_prefixes(self) -> None:
-        """Frees the prefixes kept so far, for who tries many descriptions; those still needed are read again."""
-        self._prefixes.clear()
-
-    def begun(self, prompts: Sequence[Sequence[int]], shared: Sequence[Sequence[int]], *, longest: int) -> list[Prefix | None]:
-        """The prefix that each row starts with, where sharing one saves work and changes nothing."""
-        uses = Counter(tuple(start) for start in shared)
-        moving = self._role in (None, "policy", "ema")
-        made: dict[tuple[int, ...], Prefix] = {}
-        begun: list[Prefix | None] = []
-        for prompt, start in zip(prompts, shared or [()] * len(prompts), strict=True):
-            ids = tuple(start)
-            starts = 0 < len(ids) < len(prompt) and tuple(prompt[: len(ids)]) == ids
-            shares = starts and longest <= self._window and (uses[ids] > 1 or not moving)
-            if shares and ids not in made:
-                made[ids] = self.prefix(ids)
-            begun.append(made[ids] if shares else None)
-        return begun
-
-    def strengthen(self, factor: float) -> None:
+    def scale_adapter(self, factor: float) -> None:
         """Multiplies the trained adapter's part by `factor` from now on: 1 is as trained, 0 the bare base."""
         for module in self.model.modules():
             if hasattr(module, "set_scale") and TRAINED in getattr(module, "scaling", {}):
@@ -222,21 +150,6 @@ class Policy:
         self._named = dict(self.model.named_parameters())
         for name, parameter in self._named.items():
             parameter.requires_grad_(name in self.parameters)
-
-
-def recompute_layers(decoder: Any) -> None:
-    """Activation checkpointing: a layer's backward pass computes its activations again instead of keeping them.
-
-    transformers' own drops the cache that shared prefixes need.
-    """
-    for layer in decoder.layers:
-        layer.forward = functools.partial(_recomputed, layer.forward)
-
-
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def without_dropout(model: Any) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iqlite.errors import PromptsError
-from iqlite.recipe.prompts import Chat, is_text, parse_request
+from iqlite.model.template import Chat
+from iqlite.recipe.prompts import is_text, parse_request
 from iqlite.records import Messages
 
 

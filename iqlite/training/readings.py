@@ -13,7 +13,8 @@ import torch
 
 from iqlite.machine.sizes import Sizes
 from iqlite.model.policy import Policy
-from iqlite.recipe.prompts import Chat, Description
+from iqlite.model.template import Chat, Description
+from iqlite.recipe.schema import Demonstration, Recipe, readings_of
 from iqlite.records import Rollout, SuperiorScores
 
 PLAIN = ("reference", "policy")  # readings of every row; the others make π̃
@@ -54,7 +55,7 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
                 part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
                 names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
                 with sizes.fitting("read_tokens", len(part), lengths[part[0]]) as again:
-                    states = policy.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
+                    states = policy.forward.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
                 if again:
                     continue
                 for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
@@ -64,6 +65,30 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
         at = len(responses) - rollout.contrary
         hidden.setdefault(name, torch.zeros_like(hidden["reference"]))[at:] = hidden["reference"][at:]
     return SuperiorScores(hidden)
+
+
+def readings(recipe: Recipe, placement: str, weights: str) -> tuple[Reading, ...]:
+    """What an estimator has to read, by name. The reference is always the bare base."""
+    role = "reference" if weights == "base" else weights
+    behavior = recipe.behavior
+    found = [Reading("reference", "reference")]
+
+    def described(name: str, text: str | None, demonstrations: Sequence[Demonstration], side: str) -> Reading:
+        shown = tuple((turn.user, getattr(turn, side)) for turn in demonstrations)
+        return Reading(name, role, Description(text or "", shown, placement))
+
+    for name in readings_of(recipe.superior.estimator):
+        if name in ("wanted", "unwanted"):
+            found.append(described(name, getattr(behavior, name), behavior.demonstrations, name))
+        elif name == "behaviors":
+            found += [
+                described(f"{side}:{p.name}", getattr(p, side), p.demonstrations, side)
+                for p in behavior.mixture
+                for side in ("wanted", "unwanted")
+            ]
+        elif getattr(recipe.superior, name) is not None:
+            found.append(Reading(name, name))  # an adapter of its own, with the plain prompt
+    return tuple(found)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -80,7 +80,7 @@ def backward(
 def policy_states(session: Session, rollout: Rollout, rows: list[int]) -> torch.Tensor:
     """The policy's hidden states [b, T, D] at the response's positions of some rows; with a gradient outside role blocks."""
     start = session.chat.shared()
-    return session.policy.hidden_states(
+    return session.policy.forward.hidden_states(
         [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], rollout.mask_BT.shape[1], [start] * len(rows)
     )
 

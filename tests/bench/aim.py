@@ -21,12 +21,13 @@ from typing import Any
 os.environ["IQLITE_CACHE"] = os.environ.get("IQLITE_CACHE", tempfile.mkdtemp(prefix="iqlite-"))  # what is kept would cost nothing
 
 from iqlite.aim.look import Look, look, signed
-from iqlite.base.gguf_files import EMBEDDED
+from iqlite.base.names import EMBEDDED
 from iqlite.places import shipped_recipes
 from iqlite.recipe.schema import Recipe, load_recipe, parse_recipe, to_data
-from iqlite.training.loop import prompts_and_contrary
+from iqlite.training.opening import open_session
+from iqlite.training.order import prompts_and_contrary
 from iqlite.training.readings import read
-from iqlite.training.session import Session, open_session
+from iqlite.training.session import Session
 from iqlite.training.update import update
 
 RESULT = Path(__file__).parent / "results" / "aim.json"
@@ -98,7 +99,7 @@ def main() -> None:
         found[name] = {"step_s": step, "measure": recipe.judge.measure, "looks": []}
         for how, changed in variants(recipe).items():
             for seed in range(asked.seeds):
-                session.policy.forget_prefixes()
+                session.policy.forward.forget_prefixes()
                 one: Look = look(replace(session, recipe=changed), seed=seed)
                 found[name]["looks"].append({"how": how, "seed": seed, **asdict(one)})
                 print(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from iqlite.export.folder import chat_of
 from iqlite.export.merge import Stored
-from iqlite.recipe.prompts import Chat
+from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 from tests import llama_cpp
 

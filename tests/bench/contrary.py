@@ -26,7 +26,8 @@ from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import refusal, tone
 from iqlite.training.loop import train
 from iqlite.training.measuring import measured
-from iqlite.training.session import Session, environment, open_session
+from iqlite.training.opening import environment, open_session
+from iqlite.training.session import Session
 from tests.bench.pairs import Silent
 
 OUT, RESULT = Path("runs/bench/contrary"), Path(__file__).parent / "results" / "contrary.json"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from iqlite.base.gguf_files import embedded
+from iqlite.base.names import embedded
 from iqlite.scoring.measures import tone
 from tests import llama_cpp
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from iqlite.recipe.schema import load_recipe
+from iqlite.training.opening import open_session
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.readings import read
-from iqlite.training.session import open_session
 from iqlite.training.update import update
 
 

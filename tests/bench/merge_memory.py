@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqlite.base.gguf_files import EMBEDDED
+from iqlite.base.names import EMBEDDED
 from iqlite.export.merge import write_safetensors
 from tests.bench.plan_error import CONFIGS
 
@@ -39,7 +39,7 @@ def make_base(folder: Path, config: dict[str, Any], shards: int) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto import CONFIG_MAPPING
 
-    from iqlite.base.loading import locate
+    from iqlite.base.names import locate
 
     options = dict(config)
     settings = CONFIG_MAPPING[options.pop("model_type")](**options, dtype="bfloat16")

@@ -19,7 +19,8 @@ from iqlite.recipe.schema import Recipe, load_recipe, parse_recipe, to_data
 from iqlite.records import StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
-from iqlite.training.session import Session, environment, open_session
+from iqlite.training.opening import environment, open_session
+from iqlite.training.session import Session
 
 OUT = Path("runs/bench/pairs")
 HELD_OUT = 8

@@ -46,13 +46,15 @@ UNWANTED = "You are cold, and answer with scorn."
 
 def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: float) -> dict[str, Any]:
     """One step of one shape in this process."""
+    from iqlite.machine.here import usable_memory
     from iqlite.model.policy import Policy
-    from iqlite.recipe.prompts import Chat
+    from iqlite.model.template import Chat
     from iqlite.recipe.schema import Recipe
     from iqlite.records import Prompts
+    from iqlite.training.opening import sizes_for
     from iqlite.training.optimizer import make_optimizer
-    from iqlite.training.readings import read
-    from iqlite.training.session import Session, free_memory, readings, sizes_for
+    from iqlite.training.readings import read, readings
+    from iqlite.training.session import Session
     from iqlite.training.update import update
     from tests.bench.random_base import random_base
 
@@ -60,7 +62,7 @@ def measure(name: str, tokens: int, prompts: int, new_tokens: int, card_gib: flo
     if CUDA and card_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, card_gib * GIB / torch.cuda.get_device_properties(0).total_memory))
     before = torch.cuda.mem_get_info()[0] if CUDA else 0
-    free = free_memory(torch.device(device))
+    free = usable_memory(torch.device(device))
     base = random_base(CONFIGS[name])
     recipe = Recipe.model_validate(
         {

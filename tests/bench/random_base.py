@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from iqlite.base.gguf_files import EMBEDDED
 from iqlite.base.identity import Identity
-from iqlite.base.loading import Base, device_and_dtype, locate, train_on_any_cpu
+from iqlite.base.loading import Base, train_on_any_cpu
+from iqlite.base.names import EMBEDDED, locate
+from iqlite.device import here
 
 STD = 0.02
 
 
 def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
     """The architecture of a config.json with normal weights, NF4 with double quantisation, where and as a real base is loaded."""
-    device, dtype = device_and_dtype()
+    device, dtype = here()
     options = dict(config)
     settings = CONFIG_MAPPING[options.pop("model_type")](**options)
     with torch.device("meta"):

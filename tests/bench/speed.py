@@ -31,7 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 
-from iqlite.base.loading import device_and_dtype, locate
+from iqlite.base.names import locate
+from iqlite.device import here
 from iqlite.recipe.schema import load_recipe
 from tests.bench.speed_table import markdown
 
@@ -188,7 +189,7 @@ PARTS = {"steps": steps, "rollout": rollout, "loss": loss, "growth": growth, "to
 
 def machine() -> dict[str, Any]:
     """What it was measured on: processor, threads, card, versions."""
-    device, dtype = device_and_dtype()
+    device, dtype = here()
     names = Path("/proc/cpuinfo")
     lines = names.read_text("utf-8").splitlines() if names.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from iqlite.base.architectures import Shape, known
-from iqlite.base.loading import device_and_dtype, let_go_of_files
+from iqlite.base.loading import let_go_of_files
+from iqlite.device import here
 from iqlite.machine.fit import choose
 from iqlite.machine.memory import Work
 from iqlite.method.estimators import contrastive
@@ -48,14 +49,14 @@ class FineGauge(Gauge):
 def default_chunk_tokens() -> int:
     """What `train.chunk_tokens = "auto"` comes to."""
     shape = Shape.of(known()[MODEL], MODEL)
-    device = device_and_dtype()[0].type
+    device = here()[0].type
     return choose(shape, Work.of(load_recipe(RECIPE), shape, device), 2.0**40).widths.chunk_tokens
 
 
 def random_inputs(n: int, vocabulary: int, width: int) -> tuple[Head, Tensor, Tensor, dict[str, Tensor]]:
     """(head, the policy's hidden states, sampled tokens, the readings' hidden states)."""
     torch.manual_seed(0)
-    device, dtype = device_and_dtype()
+    device, dtype = here()
     linear = nn.Linear(1, 1, bias=False)
     weight_VD = torch.empty(vocabulary, width, device=device, dtype=dtype).normal_(std=LOGIT_STD / width**0.5)
     linear.weight = nn.Parameter(weight_VD, requires_grad=False)

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.schema import load_recipe
 from iqlite.scoring.measures import tone
-from iqlite.training.session import open_session
+from iqlite.training.opening import open_session
 
 RECIPE = Path("recipes/cheerful-135m.toml")
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from iqlite.aim.look import SHORT, signed, spread
+from iqlite.aim.look import SHORT, signed
 from iqlite.evaluation.answers import Answerer, collect
-from iqlite.export.card import adapter_digest
 from iqlite.model.sampling import Sampler
+from iqlite.run.findings import adapter_digest
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.intervals import paired, wilson
 from iqlite.scoring.measures import refusal
-from iqlite.training.session import open_session
+from iqlite.training.opening import open_session
+from iqlite.training.order import spread
 
 XSTEST = Path(__file__).parents[3] / "shared" / "data" / "xstest.jsonl"
 

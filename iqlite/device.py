@@ -1,0 +1,92 @@
+"""Which device this is, and what it says of itself. The only module that asks torch about one.
+
+`torch.get_device_module` gives CUDA's and ROCm's functions, XPU's, and what MPS has of them, under one name: a new kind of device is a line in
+`here`, and in `free_memory` where it counts differently.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def here() -> tuple[torch.device, torch.dtype]:
+    """Where the base lives and what it computes in: CUDA with bfloat16, else float16; a CPU with float32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16 if native else torch.float16
+    return torch.device("cpu"), torch.float32
+
+
+def name_of(device: torch.device) -> str:
+    """The card's name, or the CPU's architecture and threads."""
+    if device.type == "cpu":
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return str(_module(device).get_device_name(device))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may use, what it uses now included: of the card as the driver reports it, or of the host.
+
+    On Windows the driver spills to host memory instead of failing, at a tenth of the speed: there the allocator is told to stop
+    at what is free.
+    """
+    if device.type == "cpu":
+        import psutil
+
+        free = float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+        text = limit.read_text("utf-8").strip() if limit.exists() else "max"
+        return min(free, float(text)) if text.isdigit() else free
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_reserved(device)
+    if os.name == "nt":
+        torch.cuda.set_per_process_memory_fraction(min(torch.cuda.get_per_process_memory_fraction(device), (free + used) / total), device)
+    return float(min(free + used, torch.cuda.get_per_process_memory_fraction(device) * total))
+
+
+def total_gib(device: torch.device) -> float:
+    """Memory of a card, GiB."""
+    return float(_module(device).get_device_properties(device).total_memory) / 2**30
+
+
+def peak_gib(device: torch.device) -> float:
+    """Highest memory of this process so far, GiB: allocated on the card, or resident on a CPU."""
+    if device.type != "cpu":
+        return float(_module(device).max_memory_allocated(device)) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given; a CPU has."""
+    if device.type != "cpu":
+        _module(device).synchronize(device)
+
+
+def let_go() -> None:
+    """Gives back what nobody refers to any more: Python's cycles, and the allocator's cache of a card."""
+    gc.collect()
+    device, _ = here()
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a card's or a CPU allocator's out-of-memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)

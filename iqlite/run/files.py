@@ -1,0 +1,92 @@
+"""Files that are there whole or not at all, lines that a kill may have cut, and what a disk refuses as one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from iqlite.errors import RunError
+
+
+def json_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with null for what JSON has no number for: nan and the infinities."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+@contextmanager
+def explained(path: Path, again: str = "go on with --resume") -> Iterator[None]:
+    """Turns a full or read-only disk into a RunError. safetensors wraps the system's error in its own, which is no OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's own way to say it
+            raise
+        if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
+            raise RunError(f"{path}: no space left on its disk: free some space, then {again}.") from None
+        raise RunError(
+            f"{path} can't be written ({getattr(error, 'strerror', None) or error}): name another place, or check the folder's rights."
+        ) from None
+
+
+def replace_with(making: Path, path: Path) -> None:
+    """Puts a finished file or folder in `path`'s place."""
+    with explained(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(making, path)
+
+
+def free_name(folder: Path, name: str, ending: str = "") -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, … that doesn't exist."""
+    path, number = folder / f"{name}{ending}", 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}{ending}", number + 1
+    return path
+
+
+def check_space(path: Path, needed: int, flag: str = "--out") -> None:
+    """RunError if the disk that would hold `path` has less than `needed` bytes free. `flag` is the option that names another place."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{path} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free: free some space, or name another {flag}."
+        )
+
+
+def check_place(path: Path, mark: str, *, force: bool) -> None:
+    """RunError unless a new file or folder can be put at `path`: `force` replaces a file, or a folder that holds `mark`."""
+    if path.name in ("", ".."):
+        raise RunError(f"-o {path} is where you are, or above: name a folder or file of its own.")
+    if not path.exists():
+        return
+    if not force:
+        raise RunError(f"{path} exists already: replace it with --force, or name another -o.")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise RunError(f"{path} isn't a folder that iqlite wrote ({mark} is missing), so --force won't delete it: name another -o.")
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_bytes().split(b"\n"):  # splitlines would also split where a model wrote U+2028
+            try:
+                if line:
+                    yield json.loads(line)
+            except ValueError:
+                return  # the line that a kill cut in two; nothing can follow it
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts a text file in its place in one step."""
+    making = path.with_name(f".making-{path.name}")
+    making.write_text(text, "utf-8")
+    os.replace(making, path)

@@ -1,0 +1,69 @@
+"""What stands in a run about its adapters: figures of training, comparisons, safety, the look at its aim."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from iqlite.records import HELD_OUT_KL
+from iqlite.run.rundir import RunDir
+
+COMPARISON, SAFETY = "compare", "safety"
+AIM = "aim.json"  # what the look before training found
+HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
+
+
+def file_of(name: str, which: str = "adapter", asked: str = "") -> str:
+    """Where a run keeps what was found of its adapter `which`: NAME.json, NAME-best.json, and NAME.FILE.json for other prompts or requests than its own."""
+    return name + (f"-{which}" if which != "adapter" else "") + (f".{asked}" if asked else "") + ".json"
+
+
+def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
+    """What the run measured on its held-out prompts, and what `iqlite compare` found of this very adapter, if it was asked.
+
+    `compare` is of the run's own held-out prompts, `elsewhere` a list of the same on others; `safety` is a list, one for each set of requests.
+    """
+    evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
+    found: dict[str, Any] = {}
+    mine = adapter_digest(adapter)
+    if evaluated:
+        step = run.step_of(adapter)
+        last = [line for line in evaluated if line["step"] <= step][-1]
+        found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
+        found["steps"] = last["step"]
+    if evaluated and evaluated[0].get("eval/measure") is not None:
+        found["held_out_measure"] = {"of": run.recipe().judge.measure, "base": last["eval/measure_base"], "after": last["eval/measure"]}
+    if (run.path / AIM).is_file():
+        found["aim"] = json.loads((run.path / AIM).read_text("utf-8"))
+    compared: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
+    for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
+        one = json.loads(file.read_text("utf-8"))
+        if one.get("adapter_sha256") != mine:
+            continue
+        if file.name.startswith(SAFETY):
+            checked[one["set"]] = one
+        elif one["asked"] not in compared or answers_in(one) >= answers_in(compared[one["asked"]]):
+            compared[one["asked"]] = one  # adapter and best may be the same one, and both have been asked
+    if HELD_OUT in compared:
+        found["compare"] = compared.pop(HELD_OUT)
+    return found | ({"elsewhere": [*compared.values()]} if compared else {}) | ({"safety": [*checked.values()]} if checked else {})
+
+
+def answers_in(comparison: Mapping[str, Any]) -> int:
+    """How many answers of each answerer a comparison holds."""
+    return int(comparison["prompts"] * comparison["seeds"])
+
+
+def adapter_digest(folder: Path) -> str:
+    """What tells one adapter from another: its weights, and what multiplies them."""
+    return digest((folder / ADAPTER_WEIGHTS).read_bytes() + (folder / ADAPTER_CONFIG).read_bytes())[:16]
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
