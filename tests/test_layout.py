@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 WINGS = (
     "errors", "records", "places", "terminal", "device",
     "method", "base", "model", "recipe", "machine", "scoring", "run", "training",
-    "chat", "export", "baselines", "evaluation", "aim", "commands", "cli",
+    "chat", "export", "baselines", "evaluation", "aim", "api", "commands", "cli",
 )  # fmt: skip
 """A wing imports only wings before it; docs/architecture.md says in a sentence what each is about."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from iqlite.base.identity import ADAPTER_WEIGHTS
 from iqlite.commands.options import Json, Set
-from iqlite.errors import AimError, RunError
-from iqlite.places import RUNS
 from iqlite.terminal import clean, counting, duration, facts
 from iqlite.terminal import console as terminal
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from iqlite.training.loop import Outcome
     from iqlite.training.session import Session
 
-ADAPTERS_ON_DISK = 12  # adapter, best and checkpoints with two moments each, one of each being written
 INTERRUPTED = 130
 
 
@@ -43,81 +41,57 @@ def train(
 ) -> None:
     """Train a described behaviour into a LoRA adapter."""
     from iqlite.recipe.schema import load_recipe
-    from iqlite.run.files import check_space, free_name
-    from iqlite.run.findings import AIM
-    from iqlite.run.rundir import RunDir
+    from iqlite.recipe.wording import lint
 
     recipe = load_recipe(recipe_path, overrides or [])  # a fault in it is reported before torch is imported
     console = terminal(stderr=as_json)
+    for note in lint(recipe.behavior.wanted, recipe.behavior.unwanted):
+        console.print(f"[yellow]{clean(note)}[/]")
 
-    from iqlite.aim.look import WRONG
+    from iqlite.api import begin
     from iqlite.machine.sizes import within_memory
-    from iqlite.training.loop import train as run_loop
-    from iqlite.training.opening import environment, open_session
+    from iqlite.training.loop import train as run_steps
     from iqlite.training.progress import TrainingView, finish_the_step
 
-    name = recipe.path.stem
-    path = out or (RUNS / name if resume or force else free_name(RUNS, name))
-    existing = _existing(path, resume=resume, force=force)
-    placement = existing.environment()["placement"] if existing else None
-    with within_memory(recipe, "with --set, and start again with --force"):
-        session = open_session(
-            recipe, say=lambda text: console.print(f"[dim]{text}[/]"), placement=placement, must_fit=not (force or resume)
-        )
-    found = environment(session)
-    parameters = sum(p.numel() for p in session.policy.parameters.values())
-    check_space(path, ADAPTERS_ON_DISK * 4 * parameters)
-    if existing:
-        existing.check_same(recipe, found)
-        existing.take_over(recipe)
-        run_dir = existing
-    else:
-        seen = _look(session, force, console)
-        run_dir = RunDir.create(path, recipe, found, force=force)
-        if seen:
-            run_dir.write(AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
-    total = recipe.total_steps(len(session.train))
-    facts(console, derived(recipe, session, path, total, parameters))
-    first = run_dir.last_step() + 1
+    with counting(console, "looking where the target points") as bar:
+        session, run = begin(recipe, out, resume=resume, force=force, listener=_Begins(console, recipe, bar))
+    total, first = recipe.total_steps(len(session.train)), run.last_step() + 1
+    facts(console, derived(recipe, session, run.path, total, session.policy.size))
     with (
         within_memory(recipe, "with --set, and start again with --force"),
         finish_the_step(console) as interrupt,
         TrainingView(console, total, first) as view,
     ):
-        outcome = run_loop(session, run_dir, view, lambda: interrupt.asked)
-    safe = _safety(session, run_dir, console) if safety and outcome.why != "interrupted" else None
-    _conclude(console, run_dir, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
+        outcome = run_steps(session, run, view, lambda: interrupt.asked)
+    safe = _safety(session, run, console) if safety and outcome.why != "interrupted" else None
+    _conclude(console, run, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
     raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
 
 
-def _look(session: Session, force: bool, console: Console) -> Look | None:
-    """Whether the target points the right way; AimError where it points the wrong one, unless that is forced."""
-    from iqlite.aim.look import RIGHT, WRONG, chosen, look, sentence
-    from iqlite.machine.sizes import within_memory
-    from iqlite.recipe.wording import lint
+class _Begins:
+    """What a person sees of a run before its first step."""
 
-    recipe = session.recipe
-    for note in lint(recipe.behavior.wanted, recipe.behavior.unwanted):
-        console.print(f"[yellow]{clean(note)}[/]")
-    if not recipe.judge.aim:
-        return None
-    if recipe.superior.estimator == "adapter":
-        console.print("[dim]aim: not looked at, since a superior made of adapters can't be heard before training[/]")
-        return None
-    answerers = 3 if session.wanted else 2
-    with within_memory(recipe, "with --set, and start again"), counting(console, "looking where the target points") as progress:
-        task = progress.add_task("", total=answerers * len(chosen(session)))
-        seen = look(session, progress=lambda rows: progress.advance(task, rows))
-    if seen.verdict == WRONG and not force:
-        raise AimError(sentence(seen, recipe.path))
-    style = {RIGHT: "green", WRONG: "bold red"}.get(seen.verdict, "yellow")
-    text = (
-        f"forced: {sentence(seen, recipe.path).partition(' Nothing was trained')[0]}"
-        if seen.verdict == WRONG
-        else sentence(seen, recipe.path)
-    )
-    console.print(f"[{style}]{clean(text)}[/]")
-    return seen
+    def __init__(self, console: Console, recipe: Recipe, bar: Progress):
+        self.console, self.recipe, self.bar = console, recipe, bar
+
+    def note(self, text: str) -> None:
+        self.console.print(f"[dim]{clean(text)}[/]")
+
+    def looking(self, total: int) -> Callable[[int], None]:
+        task = self.bar.add_task("", total=total)
+        return lambda rows: self.bar.advance(task, rows)
+
+    def looked(self, look: Look | None, why_not: str) -> None:
+        from iqlite.aim.look import RIGHT, WRONG, sentence
+
+        if look is None:
+            if why_not:
+                self.note(f"aim: {why_not}")
+            return
+        text = sentence(look, self.recipe.path)
+        if look.verdict == WRONG:
+            text = f"forced: {text.partition(' Nothing was trained')[0]}"
+        self.console.print(f"[{ {RIGHT: 'green', WRONG: 'bold red'}.get(look.verdict, 'yellow') }]{clean(text)}[/]")
 
 
 def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, Any]:
@@ -157,19 +131,6 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
         "memory": f"{peak_gib(session.policy.device):.1f} GiB in use once loaded",
         "run": str(path),
     } | ({"note": " ".join(session.notes)} if session.notes else {})  # fmt: skip
-
-
-def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
-    """The run to resume, or None for a new one; says early what can't be."""
-    from iqlite.run.rundir import RunDir
-
-    if resume and force:
-        raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
-    if resume:
-        return RunDir.open(path)
-    if path.exists() and not force:
-        raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
-    return None
 
 
 def _conclude(

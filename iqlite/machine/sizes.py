@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -38,7 +38,7 @@ class Sizes:
 
     def record(self) -> dict[str, int]:
         """The numbers, for the run directory: a resumed run goes on with them."""
-        return {name: value for name, value in asdict(self).items() if name != "say"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "say"}
 
     def restore(self, record: dict[str, int]) -> None:
         """Puts recorded numbers back; whether to fold is this machine's."""

@@ -70,6 +70,11 @@ class Policy:
         """Scale of the trained LoRA, likewise."""
         return float(self.model.peft_config[TRAINED].lora_alpha)
 
+    @property
+    def size(self) -> int:
+        """Numbers that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
     @contextmanager
     def acting_as(self, role: str, *, folded: bool = False) -> Iterator[None]:
         """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients.

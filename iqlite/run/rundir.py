@@ -92,9 +92,15 @@ class RunDir(Journal):
 
     def steps_taken(self) -> int:
         """How many steps the run's adapter has behind it, 0 if it has none: a monitor's stop leaves the best one, of an earlier step."""
-        if (self.path / RESULT).is_file():
-            return int(json.loads((self.path / RESULT).read_text("utf-8"))["step"])
+        if result := self.result():
+            return int(result["step"])
         return self.step_of(self.adapter) if (self.adapter / ADAPTER_WEIGHTS).is_file() else 0
+
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended; None before it has."""
+        file = self.path / RESULT
+        found: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
+        return found
 
     def recipe(self) -> Recipe:
         """The locked recipe."""

@@ -1,0 +1,268 @@
+"""iqlite from Python: load or build a recipe, train it, ask what came of it, compare. The verbs of the command line use the same functions.
+
+    import iqlite
+
+    recipe = iqlite.load_recipe({"behavior": {"wanted": "You are kind.", "unwanted": "You are mean."}, "prompts": {"train": "prompts.jsonl"}})
+    run = iqlite.train(recipe, out="runs/kind", progress=lambda step, total, metrics: print(step, total, metrics["kl/policy_superior"]))
+    print(run.answer(["How do I boil an egg?"]), run.answer(["How do I boil an egg?"], by="base"))
+
+Everything raises `iqlite.IqliteError` with a sentence for a person where the command line would exit with code 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from iqlite.errors import AimError, RunError
+from iqlite.places import RUNS
+from iqlite.recipe.schema import Recipe, parse_recipe
+from iqlite.recipe.schema import load_recipe as load_file
+from iqlite.run.files import check_space, free_name, write_whole
+from iqlite.run.findings import AIM
+from iqlite.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from iqlite.aim.look import Look
+    from iqlite.evaluation.compare import Comparison
+    from iqlite.records import Messages, StepMetrics
+    from iqlite.training.monitors import Verdict
+    from iqlite.training.session import Session
+
+ADAPTERS_ON_DISK = 12  # adapter, best and checkpoints with two moments each, one of each being written
+Voice = Literal["policy", "base", "superior", "prompted"]
+
+
+class Listener(Protocol):
+    """What a run says before its first step."""
+
+    def note(self, text: str) -> None:
+        """Something that happens now, or that is worth knowing."""
+
+    def looking(self, total: int) -> Callable[[int], None]:
+        """`total` answers are drawn to see where the target points; what is returned is told of so many more."""
+
+    def looked(self, look: Look | None, why_not: str) -> None:
+        """What was seen, before the run's folder exists; None and why, where nobody looked."""
+
+
+class Quiet:
+    """A listener that says nothing."""
+
+    def note(self, text: str) -> None: ...
+    def looked(self, look: Look | None, why_not: str) -> None: ...
+    def looking(self, total: int) -> Callable[[int], None]:
+        return lambda rows: None
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, beside: str | Path = ".") -> Recipe:
+    """A validated recipe from a file, the name of a shipped one, or tables as a recipe's TOML has them.
+
+    `overrides` are "table.key=value" as after --set; relative paths in tables are looked up in `beside`. RecipeError says what is wrong.
+    """
+    if isinstance(source, Mapping):
+        return parse_recipe(dict(source), Path(beside) / "recipe.toml")
+    return load_file(Path(source), overrides)
+
+
+def begin(
+    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, force: bool = False, listener: Listener | None = None
+) -> tuple[Session, RunDir]:
+    """(session, run directory) of a recipe that is ready for its next step: loaded, looked at, its folder made or opened.
+
+    `force` replaces a folder, and goes on where memory seems too small or the target points the wrong way. AimError, with nothing written, where it
+    does; RunError for a folder that is there or can't be resumed.
+    """
+    from iqlite.aim.look import WRONG
+    from iqlite.machine.sizes import within_memory
+    from iqlite.training.opening import environment, open_session
+
+    listener = listener or Quiet()
+    path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
+    existing = _existing(path, resume=resume, force=force)
+    placement = existing.environment()["placement"] if existing else None
+    with within_memory(recipe, "with --set, and start again with --force"):
+        session = open_session(recipe, say=listener.note, placement=placement, must_fit=not (force or resume))
+    found = environment(session)
+    check_space(path, ADAPTERS_ON_DISK * 4 * session.policy.size)
+    if existing:
+        existing.check_same(recipe, found)
+        existing.take_over(recipe)
+        return session, existing
+    seen = _look(session, listener, force=force)
+    run = RunDir.create(path, recipe, found, force=force)
+    if seen:
+        write_whole(run.path / AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
+    return session, run
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> Run:
+    """Trains a recipe into `out` (runs/NAME, numbered if that exists). `progress` is told of each step, of how many, and its metrics.
+
+    What the command line prints, monitors' verdicts included, stands in the run's metrics and in `Run.result`.
+    """
+    from iqlite.training.loop import train as run_steps
+
+    session, run = begin(recipe, out, resume=resume, force=force)
+    run_steps(session, run, _Told(progress))
+    return Run(run)
+
+
+def open_run(path: str | Path) -> Run:
+    """A run that was trained before; RunError if the folder isn't one."""
+    return Run(RunDir.open(Path(path)))
+
+
+@dataclass(frozen=True)
+class TokenReward:
+    """One token of an answer, in nats: `described` is log π̃/π_ref, what the descriptions reward, `trained` log π_θ/π_ref, what training changed."""
+
+    text: str
+    described: float
+    trained: float
+
+    @property
+    def reward(self) -> float:
+        """log π̃/π_θ: what a training step would reward it with now."""
+        return self.described - self.trained
+
+
+class Run:
+    """A run directory, and its models: loaded when the first answer is asked for, and kept."""
+
+    def __init__(self, folder: RunDir):
+        self.folder = folder
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.folder.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was trained, with every default."""
+        return self.folder.recipe()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A line for each step, as in metrics.jsonl (docs/run-directory.md)."""
+        return self.folder.metrics()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """How it ended: step, total, why, best_step, best_kl; None before it has."""
+        return self.folder.result()
+
+    @cached_property
+    def session(self) -> Session:
+        """The base in memory with the run's adapter on it."""
+        from iqlite.training.opening import open_run as opened
+
+        return opened(self.folder)
+
+    def answer(
+        self, prompts: Sequence[str | Messages], by: Voice = "policy", *, temperature: float = 0.7, top_p: float = 0.9,
+        tokens: int | None = None, seed: int = 0,
+    ) -> list[str]:  # fmt: skip
+        """An answer to each prompt by the trained policy, the bare base, the base prompted with the wanted description, or the superior policy.
+
+        A prompt is a text, or chat turns. `temperature` 0 is greedy; `tokens` at most, as in training without it. The same seed gives the same answer.
+        """
+        from iqlite.chat.superior import superior_answers
+        from iqlite.model.sampling import Sampler
+
+        session = self.session
+        requests = [({"role": "user", "content": one},) if isinstance(one, str) else tuple(one) for one in prompts]
+        sampler = Sampler(seed, tokens or session.recipe.rollout.max_new_tokens, temperature, top_p, "answer")
+        if by == "superior":
+            rollout = superior_answers(session, requests, sampler)
+        elif by in ("policy", "base", "prompted"):
+            role, told = ("policy", None) if by == "policy" else ("reference", session.wanted if by == "prompted" else None)
+            rollout = session.answers(role, requests, sampler, description=told)
+        else:
+            raise RunError(f"by={by!r} isn't one of policy, base, prompted, superior.")
+        return [session.chat.text(rollout.response_ids(row)) for row in range(len(requests))]
+
+    def rewards(self, prompt: str | Messages, answer: str) -> list[TokenReward]:
+        """The reward of each token of a text, as an answer to a prompt."""
+        from iqlite.chat.speaker import Speaker
+        from iqlite.recipe.pairs import answer_ids
+
+        session = self.session
+        request = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+        ids = answer_ids(session.chat, answer)
+        found = Speaker(session.policy, session.chat, True, session).rewards(request, ids)
+        texts = [session.chat.tokenizer.decode([one]) for one in ids]
+        return [TokenReward(*one) for one in zip(texts, found["described"], found["trained"], strict=True)]
+
+    def compare(self, *others: Run, judge: str | None = None, seeds: int = 3, count: int | None = None, safety: bool = False) -> Comparison:
+        """This run beside its base, the prompted base and other runs of one base, on held-out prompts; by the recipe's measure or another's name.
+
+        What is found is also kept in the run, as `iqlite compare` does.
+        """
+        from rich.console import Console
+
+        from iqlite.evaluation.compare import Question, compare
+        from iqlite.terminal import Watch
+
+        question = Question(seeds=seeds, count=count, safety=safety)
+        found = compare([self.folder, *(other.folder for other in others)], question, judge, None, Watch(Console(quiet=True)))
+        found.keep(self.folder)
+        return found
+
+
+class _Told:
+    """A reporter that tells a callback of the steps."""
+
+    def __init__(self, progress: Callable[[int, int, Mapping[str, float]], None] | None):
+        self.progress = progress
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        if self.progress:
+            self.progress(metrics.step, total, metrics.values)
+
+    def sample(self, step: int, prompt: str, answer: str) -> None: ...
+    def verdict(self, step: int, verdict: Verdict) -> None: ...
+
+
+def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
+    """The run to resume, or None for a new one; says early what can't be."""
+    if resume and force:
+        raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
+    if resume:
+        return RunDir.open(path)
+    if path.exists() and not force:
+        raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
+    return None
+
+
+def _look(session: Session, listener: Listener, *, force: bool) -> Look | None:
+    """Whether the target points the right way; AimError where it points the wrong one, unless that is forced."""
+    from iqlite.aim.look import WRONG, chosen, look, sentence
+    from iqlite.machine.sizes import within_memory
+
+    recipe = session.recipe
+    if not recipe.judge.aim:
+        listener.looked(None, "")
+        return None
+    if recipe.superior.estimator == "adapter":
+        listener.looked(None, "not looked at, since a superior made of adapters can't be heard before training")
+        return None
+    answerers = 3 if session.wanted else 2
+    with within_memory(recipe, "with --set, and start again"):
+        seen = look(session, progress=listener.looking(answerers * len(chosen(session))))
+    if seen.verdict == WRONG and not force:
+        raise AimError(sentence(seen, recipe.path))
+    listener.looked(seen, "")
+    return seen
