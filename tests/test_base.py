@@ -141,7 +141,7 @@ def test_what_can_t_be_loaded_is_one_sentence(tiny: Callable[..., Path], tmp_pat
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refusal("empty", tmp_path)
     (tmp_path / "text.gguf").write_text("hello")
-    assert "isn't GGUF" in refusal("text.gguf", tmp_path).replace("aren't GGUF", "isn't GGUF")
+    assert "first bytes aren't GGUF" in refusal("text.gguf", tmp_path)
     monkeypatch.setenv("IQLITE_CACHE", str(tmp_path / "cache"))
     for name, content in (
         ("magic.gguf", b"GGUF"),

@@ -27,28 +27,37 @@ def rules(verdicts: list[list[Verdict]]) -> list[list[tuple[str, bool]]]:
     return [[(v.rule, v.stop) for v in row] for row in verdicts]
 
 
-@pytest.mark.parametrize(
-    ("rule", "row", "stops_after"),
-    [
-        ("non-finite", {"loss": math.nan}, 3),
-        ("non-finite", {"policy/grad_norm": math.inf}, 3),
-        ("kl", {"kl/policy_reference": 6.0}, 1),
-        ("gradient", {"policy/grad_norm": 0.0}, 3),
-        ("entropy", {"policy/entropy": 0.1}, 3),
-        ("repetition", {"response/repetition": 0.4}, 3),
-        ("truncated", {"response/truncated_share": 0.9}, 6),
-        ("variance", {"reward/variance": 50.0}, 6),
-    ],
-)
-def test_a_rule_warns_once_then_stops(rule: str, row: dict[str, float], stops_after: int | None) -> None:
+BROKEN = [
+    ("non-finite", {"loss": math.nan}, 3),
+    ("non-finite", {"policy/grad_norm": math.inf}, 3),
+    ("kl", {"kl/policy_reference": 6.0}, 1),
+    ("gradient", {"policy/grad_norm": 0.0}, 3),
+    ("entropy", {"policy/entropy": 0.1}, 3),
+    ("repetition", {"response/repetition": 0.4}, 3),
+    ("truncated", {"response/truncated_share": 0.9}, 6),
+    ("variance", {"reward/variance": 50.0}, 6),
+]
+"""(rule, metrics that break it, breaches in a row that stop the run)."""
+
+
+@pytest.mark.parametrize(("rule", "row", "stops_after"), BROKEN)
+def test_a_rule_warns_once_then_stops(rule: str, row: dict[str, float], stops_after: int) -> None:
     seen = rules(feed(Monitors(5.0), [row] * 7))
     for number, verdicts in enumerate(seen, 1):
-        if stops_after is not None and number >= stops_after:
+        if number >= stops_after:
             assert verdicts == [(rule, True)]
         else:
             assert verdicts == ([(rule, False)] if number == 1 else [])
+
+
+@pytest.mark.parametrize("row", [row for _, row, stops_after in BROKEN if stops_after > 1])
+def test_a_lone_breach_is_no_trend(row: dict[str, float]) -> None:
     apart = rules(feed(Monitors(5.0), [row, {}] * 7))
-    assert not any(stop for verdicts in apart for _, stop in verdicts) or stops_after == 1  # a lone breach isn't a trend
+    assert not any(stop for verdicts in apart for _, stop in verdicts)
+
+
+def test_one_step_too_far_from_the_base_is_enough() -> None:
+    assert rules(feed(Monitors(5.0), [{"kl/policy_reference": 4.99}, {"kl/policy_reference": 5.01}])) == [[], [("kl", True)]]
 
 
 def test_an_ordinary_run_is_left_alone() -> None:
