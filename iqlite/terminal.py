@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -39,6 +40,46 @@ def clean(text: str, longest: int | None = None) -> str:
 def harmless(text: str) -> str:
     """A model's text as it may be written to a terminal: line ends stay, other control characters become visible."""
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
+
+
+class WordWrap:
+    """Text that arrives in pieces, as lines of at most `width` cells broken between words: a word is shown once it is whole.
+
+    `at` is the column where the text begins. Wide characters (Chinese, Japanese, Korean) are words of their own; a word longer than a
+    line, such as an address, is left whole for the terminal to break.
+    """
+
+    def __init__(self, width: int, at: int = 0):
+        self.width, self.column, self.word = width, at, ""
+
+    def add(self, piece: str) -> str:
+        """What may be shown now."""
+        return "".join(self._character(character) for character in piece)
+
+    def end(self) -> str:
+        """The last word."""
+        shown, self.word = self.word, ""
+        size = cell_len(shown)
+        breaks = self.column > 0 and self.column + size > self.width >= size
+        self.column = size if breaks else self.column + size
+        if self.column > self.width:
+            self.column %= self.width
+        return "\n" * breaks + shown
+
+    def _character(self, character: str) -> str:
+        if character == "\n":
+            shown, self.column = self.end() + "\n", 0
+            return shown
+        if character == " ":
+            shown = self.end()
+            fits = self.column < self.width
+            self.column += fits
+            return shown + " " * fits
+        if cell_len(character) < 2:
+            self.word += character
+            return ""
+        shown, self.word = self.end(), character
+        return shown + self.end()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -157,9 +157,10 @@ def test_what_has_no_shape_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BaseError, match="num_attention_heads"):
         shape_of(str(tmp_path))
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF\x03\x00\x00\x00")
-    with pytest.raises(BaseError, match=r"broken.gguf can't be read"):
-        shape_of(str(broken))
+    for rest in (b"\x03\x00\x00\x00", b"\xff" * 100):
+        broken.write_bytes(b"GGUF" + rest)
+        with pytest.raises(BaseError, match=r"broken.gguf can't be read"):
+            shape_of(str(broken))
 
 
 def iqlite(*words: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from iqlite.records import StepMetrics
 from iqlite.scoring.measures import tone, words
-from iqlite.terminal import clean, duration, facts, table
+from iqlite.terminal import WordWrap, clean, duration, facts, table
 from iqlite.training.monitors import Verdict
 from iqlite.training.progress import TrainingView, finish_the_step
 
@@ -47,6 +47,17 @@ def test_progress_in_plain_lines_and_on_a_terminal() -> None:
         assert "KL(π‖π̃) 0.300" in text and "20 tok/s" in text and "left" in text
         assert "\x1b[2J" not in text and "[why]?" in text and "too far [from] here." in text
         assert ("step 1/20" in text) == (not terminal)
+
+
+def test_words_are_broken_between_and_not_inside() -> None:
+    for pieces in (["one two three  four\n", "five"], list("one two three  four\nfive")):
+        lines = WordWrap(9, at=2)
+        assert "".join(map(lines.add, pieces)) + lines.end() == "one two\nthree  \nfour\nfive"
+    wide = WordWrap(6)
+    assert wide.add("日本語文") == "日本語\n文"  # shown at once, three to a line
+    assert WordWrap(4).add("http://there is ") == "http://there is "
+    exact = WordWrap(3)
+    assert exact.add("abc def ") == "abc\ndef"  # no space runs over the edge
 
 
 def test_tables_and_facts_escape_what_they_show() -> None:

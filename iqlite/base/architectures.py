@@ -6,9 +6,10 @@ others that people start from, are in data/architectures.json, so that `iqlite p
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,6 +22,7 @@ GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2")  # what transformer
 SUPPORTED = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's value types
 _STRING, _ARRAY = 8, 9
+LONGEST_TEXT = 2**24  # bytes; more is a broken file
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Shape:
                 tied="output.weight" not in tensors,
                 context=found["context_length"],
             )
-        except (OSError, KeyError, ValueError, struct.error, UnicodeDecodeError) as error:
+        except (OSError, KeyError, ValueError, OverflowError, struct.error) as error:
             raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({error}); download it again.") from None
 
     @property
@@ -125,10 +127,7 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
         if file.read(4) != b"GGUF":
             raise ValueError("its first bytes aren't GGUF")
         _, tensor_count, field_count = _read(file, "IQQ")
-        fields = {}
-        for _ in range(field_count):
-            key = _text(file)
-            fields[key] = _value(file, *_read(file, "I"))
+        fields = dict(_fields(file, field_count))
         names = set()
         for _ in range(tensor_count):
             names.add(_text(file))
@@ -137,12 +136,31 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
     return fields, names
 
 
+def gguf_is_adapter(path: Path) -> bool:
+    """True for a LoRA in a GGUF file, which is no model by itself; read off the first fields, before any vocabulary."""
+    try:
+        with path.open("rb") as file:
+            *_, field_count = _read(file, "IIQQ")
+            general = itertools.takewhile(lambda field: field[0].startswith("general."), _fields(file, field_count))
+            return ("general.type", "adapter") in general
+    except (OSError, ValueError, OverflowError, struct.error):  # who reads it whole says what is wrong with it
+        return False
+
+
+def _fields(file: BinaryIO, count: int) -> Iterator[tuple[str, Any]]:
+    for _ in range(count):
+        yield _text(file), _value(file, *_read(file, "I"))
+
+
 def _read(file: BinaryIO, layout: str) -> tuple[Any, ...]:
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
 def _text(file: BinaryIO) -> str:
-    return file.read(*_read(file, "Q")).decode("utf-8")
+    (length,) = _read(file, "Q")
+    if length > LONGEST_TEXT:
+        raise ValueError(f"a text of {length} bytes")
+    return file.read(length).decode("utf-8")
 
 
 def _value(file: BinaryIO, kind: int) -> Any:

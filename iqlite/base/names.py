@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from iqlite.base.architectures import SUPPORTED, Shape, known
+from iqlite.base.architectures import SUPPORTED, Shape, gguf_is_adapter, known
 from iqlite.base.gguf_files import convert_gguf
 from iqlite.base.hub import offline_without_network
 from iqlite.errors import BaseError, first_line
@@ -38,6 +38,10 @@ def find_gguf(name: str, beside: Path = Path()) -> Path | None:
         if not is_gguf(path):
             raise BaseError(
                 f"base {name!r} is a file but not a GGUF one (its first bytes aren't GGUF): name a model folder or a GGUF file."
+            )
+        if gguf_is_adapter(path):
+            raise BaseError(
+                f"base {name!r} is a LoRA adapter for llama.cpp and no model by itself: talk to the run that it came from (iqlite chat runs/NAME), or load it beside its base (llama-cli -m BASE.gguf --lora {path})."
             )
         return path
     return only_model_in(path, name) if not (path / "config.json").exists() and any(path.glob("*.gguf")) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +19,29 @@ from iqlite.errors import IqliteError, RecipeError, RunError
 from iqlite.model.sampling import Sampler
 from iqlite.places import cache_folder
 from iqlite.records import Messages
-from iqlite.terminal import harmless
+from iqlite.terminal import WordWrap, clean, harmless
 
 HISTORY = "chat-history"
 TOP_P = 0.9
 WHY_NOT = {"policy": "give a run, or --adapter DIR.", "superior": "give a recipe or a run.", "base": ""}
+WHY = {
+    "described": "what the description rewards, log π̃/π_ref",
+    "trained": "what training changed, log π_θ/π_ref",
+}
+LEGEND = "green: likelier than under the base, red: less; in nats (0.7: twice as likely)"
+
+
+@dataclass
+class Exchange:
+    """A question and what each voice answered to it, the latest answer last."""
+
+    question: str
+    answers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Conversation:
-    """What was said, who speaks now, and how."""
+    """What was said, who speaks now, and how. `read` and `last` are what the last answerer read, and the ids of its answer."""
 
     speaker: Speaker
     console: Console
@@ -36,10 +49,20 @@ class Conversation:
     temperature: float
     tokens: int
     seed: int
-    turns: Messages = ()
+    system_text: str | None = None
+    exchanges: list[Exchange] = field(default_factory=list)
     attempt: int = 0
     last: list[int] = field(default_factory=list)
-    asked: Messages = ()
+    read: Messages = ()
+
+    def turns(self, voice: str, exchanges: Sequence[Exchange], *, own: bool = False) -> Messages:
+        """Exchanges as a voice reads them: with its own answers, and, unless `own`, with another's where it gave none."""
+        found: list[dict[str, str]] = [{"role": "system", "content": self.system_text}] if self.system_text else []
+        for exchange in exchanges:
+            answer = exchange.answers.get(voice, None if own else next(reversed(exchange.answers.values()), None))
+            if answer is not None:
+                found += [{"role": "user", "content": exchange.question}, {"role": "assistant", "content": answer}]
+        return tuple(found)
 
     def once(self, question: str, *, as_json: bool) -> int:
         """One answer on standard output."""
@@ -99,13 +122,17 @@ class Conversation:
         COMMANDS[word](self, rest.strip())
 
     def _ask(self, text: str) -> None:
-        self.asked = (*self.turns, {"role": "user", "content": text})
+        self.exchanges.append(Exchange(text))
         self.attempt = 0
 
-    def _answer(self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None) -> tuple[str, bool]:
-        """Streams one answer to what was asked and keeps it as the last turn; (text, whether it ended by itself)."""
+    def _answer(
+        self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None, *, own: bool = False
+    ) -> tuple[str, bool]:
+        """Streams one answer to the last question and keeps it; (text, whether it ended by itself). `own`: it reads its own answers only."""
         sampler = Sampler(self.seed, self.tokens, self.temperature, TOP_P, "chat")
-        turns = self.speaker.shortened(self.asked, self.tokens)
+        *before, asked = self.exchanges
+        turns: Messages = (*self.turns(voice, before, own=own), {"role": "user", "content": asked.question})
+        turns = self.speaker.shortened(turns, self.tokens)
         ids: list[int] = []
         shown, ended = "", False
         answer = self.speaker.speak(voice, turns, sampler, attempt=self.attempt)
@@ -120,31 +147,43 @@ class Conversation:
             ended = len(ids) < self.tokens
         except KeyboardInterrupt:
             answer.close()
-        self.last = ids
+        self.last, self.read = ids, turns
         text = self.speaker.chat.text(ids)
-        self.turns = (*self.asked, {"role": "assistant", "content": text})
+        asked.answers.pop(voice, None)
+        asked.answers[voice] = text  # the last of them
         return text, ended
 
     def _stream(self) -> None:
         self.console.print(f"[bold]{self.voice}[/]> ", end="")
-        _, ended = self._answer(self.voice, lambda piece: self.console.print(Text(harmless(piece)), end="", soft_wrap=True))
+        lines = WordWrap(self.console.width, len(self.voice) + 2)
+
+        def show(text: str) -> None:
+            self.console.print(Text(text), end="", soft_wrap=True)
+
+        _, ended = self._answer(self.voice, lambda piece: show(lines.add(harmless(piece))))
+        show(lines.end())
         self.console.print("" if ended else "[dim] …[/]")
+
+    def _confirm(self, text: str) -> None:
+        self.console.print(f"[dim]{clean(text)}[/]")
 
     def base(self, _: str) -> None:
         """talk to the bare base"""
         self._become("base")
 
     def policy(self, _: str) -> None:
-        """talk to the trained policy: base and adapter"""
+        """talk to the policy: what was trained, the base with its adapter"""
         self._become("policy")
 
     def superior(self, _: str) -> None:
-        """talk to the superior policy, by contrastive decoding: what training aims at"""
+        """talk to the superior policy: the base pushed, word by word, towards the wanted description; training makes the policy like it"""
         self._become("superior")
 
     def strength(self, rest: str) -> None:
-        """/strength 2: how strongly the superior follows the contrast"""
-        self.speaker = self.speaker.with_strength(self._number(rest, "/strength 2"))
+        """/strength 2: how far the superior policy is pushed from the base"""
+        strength = self._number(rest, "/strength 2")
+        self.speaker = self.speaker.with_strength(strength)
+        self._confirm(f"the superior policy is pushed with strength {strength:g}")
 
     def scale(self, rest: str) -> None:
         """/scale 0.5: how much of the adapter is added to the base"""
@@ -152,6 +191,7 @@ class Conversation:
         if "policy" not in self.speaker.voices or abs(factor) > 100:
             raise RunError("/scale needs an adapter, and a factor up to 100.")
         self.speaker.policy.scale_adapter(factor)
+        self._confirm(f"the policy is the base and {factor:g} times what was trained")
 
     def temperature_(self, rest: str) -> None:
         """/temperature 0.7: how freely words are drawn; 0 always takes the likeliest"""
@@ -159,14 +199,15 @@ class Conversation:
         if not 0 <= value <= 10:
             raise RunError("/temperature takes a number from 0 to 10.")
         self.temperature = value
+        self._confirm(f"temperature {value:g}" + ("" if value else ": always the likeliest word"))
 
     def system(self, rest: str) -> None:
         """/system TEXT: say it before everything; without TEXT, nothing"""
-        told = tuple(turn for turn in self.turns if turn["role"] != "system")
-        self.turns = (*system_turn(rest), *told)
+        self.system_text = rest or None
+        self._confirm(f"before everything: {rest}" if rest else "nothing is said before the talk")
 
     def both(self, rest: str) -> None:
-        """/both [TEXT]: base and policy side by side, from the same seed"""
+        """/both [TEXT]: base and policy side by side, from the same seed; each reads its own answers only"""
         if "policy" not in self.speaker.voices:
             raise RunError("/both needs an adapter: chat with a run, or give --adapter DIR.")
         self._again(rest)
@@ -178,23 +219,24 @@ class Conversation:
                     texts[voice] += harmless(piece)
                     live.update(_columns(texts))
 
-                self._answer(voice, show)
+                self._answer(voice, show, own=True)
 
     def why(self, _: str) -> None:
-        """colour each token of the last answer by its reward, log π̃/π"""
+        """colour the words of the last answer: what the description rewards, and what training changed"""
         if "superior" not in self.speaker.voices:
             raise RunError("/why needs descriptions: chat with a recipe or a run.")
         if not self.last:
             raise RunError("there is no answer yet to explain.")
-        rewards = self.speaker.rewards(self.asked, self.last)
-        self.console.print(coloured(self._pieces(), rewards), soft_wrap=False)
-        self.console.print(
-            f"[dim]reward in nats a token: mean {sum(rewards) / len(rewards):+.3f}, from {min(rewards):+.2f} to {max(rewards):+.2f}[/]"
-        )
+        pieces = self._pieces()
+        for name, rewards in self.speaker.rewards(self.read, self.last).items():
+            figures = f"mean {sum(rewards) / len(rewards):+.3f}, from {min(rewards):+.2f} to {max(rewards):+.2f}"
+            self.console.print(f"[bold]{WHY[name]}[/] [dim]({figures})[/]")
+            self.console.print(coloured(pieces, rewards), soft_wrap=False)
+        self._confirm(LEGEND)
 
     def retry(self, _: str) -> None:
         """another answer to the same question"""
-        if not self.asked:
+        if not self.exchanges:
             raise RunError("there is no question yet to answer again.")
         self.attempt += 1
         self._stream()
@@ -205,19 +247,22 @@ class Conversation:
         if path.exists():
             raise RunError(f"{path} exists already: name another file.")
         try:
-            path.write_text(json.dumps({"messages": self.turns}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            path.write_text(json.dumps({"messages": self.turns(self.voice, self.exchanges)}, indent=2, ensure_ascii=False) + "\n", "utf-8")
         except OSError as error:
             raise RunError(f"{path} can't be written ({error.strerror}).") from None
         self.console.print(f"saved to {path}", markup=False)
 
     def clear(self, _: str) -> None:
         """forget what was said"""
-        self.turns, self.asked, self.last = tuple(turn for turn in self.turns if turn["role"] == "system"), (), []
+        self.exchanges, self.last = [], []
+        self._confirm("forgotten")
 
     def help(self, _: str) -> None:
         """this list"""
+        shown = Table.grid(padding=(0, 2))
         for name, command in COMMANDS.items():
-            self.console.print(f"/{name:<12} {(command.__doc__ or '').strip()}", markup=False)
+            shown.add_row(f"/{name}", Text(command.__doc__ or ""))
+        self.console.print(shown)
         self.console.print(f"now: the {self.voice}, temperature {self.temperature:g}, at most {self.tokens} tokens an answer", markup=False)
 
     def _become(self, voice: str) -> None:
@@ -229,7 +274,7 @@ class Conversation:
     def _again(self, rest: str) -> None:
         if rest:
             self._ask(rest)
-        elif not self.asked:
+        elif not self.exchanges:
             raise RunError("there is no question yet: /both TEXT asks one.")
 
     def _number(self, rest: str, example: str) -> float:
@@ -249,7 +294,7 @@ class Conversation:
 
 
 def coloured(pieces: list[str], rewards: list[float]) -> Text:
-    """Tokens on green where the superior likes them better than the policy does, on red where it likes them less; darker is more."""
+    """Tokens on green where they are likelier than under the base, on red where less likely; brighter is more."""
     most = max(0.5, sorted(abs(r) for r in rewards)[int(0.9 * (len(rewards) - 1))])  # one outlier doesn't darken all others
     text = Text()
     for piece, reward in zip(pieces, rewards, strict=True):
@@ -281,8 +326,3 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "clear": Conversation.clear,
     "help": Conversation.help,
 }
-
-
-def system_turn(text: str | None) -> Messages:
-    """A system text as turns; none for none."""
-    return ({"role": "system", "content": text},) if text else ()

@@ -17,6 +17,8 @@ from iqlite.device import here
 from iqlite.errors import BaseError, RecipeError
 from iqlite.machine.fit import CPU_SHARE
 from iqlite.machine.here import usable_memory
+from iqlite.method.loss import spans
+from iqlite.method.objectives import of_tokens
 from iqlite.model.decoding import draw
 from iqlite.model.policy import Policy
 from iqlite.model.sampling import Sampler
@@ -24,10 +26,10 @@ from iqlite.model.template import Chat, Description
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages, Rollout
 from iqlite.training.opening import open_session
-from iqlite.training.readings import readings
+from iqlite.training.readings import Reading, read, readings
 from iqlite.training.session import Session
 
-ROOM = 1.2  # of a model's weights: what talking with it takes beside them; ours
+ROOM = 1.2  # of a model's weights: what talking with it takes beside them; our choice
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,30 @@ class Speaker:
                     return
                 yield int(token_1)
 
-    def rewards(self, turns: Messages, ids: list[int]) -> list[float]:
-        """log π̃/π_θ of each token of an answer, nats: what a training step would have rewarded it with."""
-        assert self.session is not None
+    def rewards(self, turns: Messages, ids: list[int]) -> dict[str, list[float]]:
+        """Two rewards of each token of an answer, nats: `described` is log π̃/π_ref, what the description rewards.
+
+        `trained` is log π_θ/π_ref, what training has changed; it is missing without an adapter.
+        """
+        session = self.session
+        assert session is not None
         tokens_BT = torch.tensor([ids])
         rollout = Rollout((0,), (turns,), (tuple(self.chat.ids(turns)),), tokens_BT, tokens_BT >= 0, torch.tensor([True]))
-        found: list[float] = self.session.score(rollout, weights="base").values["reward"].tolist()
+        which = list(readings(session.recipe, session.placement, "base"))
+        which += [Reading("policy", "policy")] if self.adapted else []
+        hidden = read(self.policy, self.chat, rollout, which, session.sizes).hidden
+        found: dict[str, list[float]] = {"described": []}
+        head = self.policy.head
+        with torch.no_grad():
+            for at in spans(len(ids), session.sizes.chunk_tokens):
+                chunk = {name: states_BTD[0, at] for name, states_BTD in hidden.items()}
+                superior_nV, reference_nV, _ = session.scoring(head, chunk)
+                tokens_n = tokens_BT[0, at].to(reference_nV.device)
+                reference_n = of_tokens(reference_nV, tokens_n)
+                found["described"] += (of_tokens(superior_nV, tokens_n) - reference_n).tolist()
+                if self.adapted:
+                    policy_n = of_tokens(head(chunk["policy"]).log_softmax(-1), tokens_n)
+                    found.setdefault("trained", []).extend((policy_n - reference_n).tolist())
         return found
 
     def shortened(self, turns: Messages, new: int) -> Messages:

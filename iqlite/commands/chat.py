@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from iqlite.base.names import EMBEDDED
+from iqlite.base.names import EMBEDDED, find_gguf
 from iqlite.commands.options import Json
 from iqlite.errors import RecipeError, RunError
 from iqlite.places import RUNS
@@ -48,7 +48,7 @@ def chat(
     if question == "":
         raise RunError("the question is empty: give --prompt TEXT, or pipe a text in.")
 
-    from iqlite.chat.conversation import WHY_NOT, Conversation, system_turn
+    from iqlite.chat.conversation import WHY_NOT, Conversation
     from iqlite.chat.speaker import Speaker
 
     def say(text: str) -> None:
@@ -65,7 +65,7 @@ def chat(
     if voice == "superior":
         say(_aim(target, name))
     start = voice or ("policy" if speaker.adapted else "base")
-    talk = Conversation(speaker, console, start, temperature, tokens, seed, system_turn(system))
+    talk = Conversation(speaker, console, start, temperature, tokens, seed, system)
     if question is not None:
         talk.once(question, as_json=as_json)
     else:
@@ -101,6 +101,8 @@ def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, P
         return run_dir.recipe(), folder, run_dir.environment()["placement"], target
     if path.suffix == ".toml":
         return load_recipe(path), adapter, None, target
+    if path.is_file():
+        find_gguf(target)  # one that is no model is reported before torch is imported
     if not path.exists() and len(path.parts) > 1 and path.parent.is_dir():  # not OWNER/NAME on the hub
         raise RunError(f"{target}: there is no such run or model; name a run, a recipe or a model.")
     return None, adapter, None, target
