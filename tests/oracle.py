@@ -1,4 +1,4 @@
-"""METHOD's equations in float64, as loops over tokens and the vocabulary: nothing here shares code with the product."""
+"""docs/method.md's equations in float64, as loops over tokens and the vocabulary: nothing here shares code with the product."""
 
 from __future__ import annotations
 

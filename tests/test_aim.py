@@ -220,7 +220,7 @@ def test_a_run_with_contrary_prompts_measures_and_resumes(
     code, out, err = iqlite("train", path, "--out", "run", "--no-safety")
     assert code == 0 and "harmless of held-out answers" in out, err
     lines = RunDir.open(tmp_path / "run").metrics()
-    assert all("contrary/kl_policy_reference" in line for line in lines[1:])
+    assert all("kl/contrary_policy_reference" in line for line in lines[1:])
     for line in (lines[0], lines[2], lines[4]):
         assert line["eval/measure"] == pytest.approx((line["eval/refuse_right_share"] + line["eval/answer_right_share"]) / 2)
         assert line["eval/measure_base"] == lines[0]["eval/measure"]

@@ -99,7 +99,7 @@ def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_r
     assert code == 0, err
     found = json.loads(out)
     names = [m["name"] for m in found["measures"]]
-    assert names == ["base", "told (system turn)", "told (user turn)", "superior", "two", "trained"]
+    assert names == ["base", "prompted (system turn)", "prompted (user turn)", "superior", "two", "trained"]
     assert [c["category"] for c in found["categories"]] == ["even", "odd"] and found["categories"][0]["prompts"] == 3
     assert found["elo"]["base"]["value"] == 0 and {c["against"] for c in found["contests"]} == set(names) - {"trained"}
     for contest in found["contests"]:
@@ -131,7 +131,7 @@ def test_a_run_may_be_called_as_somebody_else_is(iqlite: Callable[..., Any], mak
     code, out, err = iqlite("compare", run.path, *(other.path for other in others), "--seeds", "1", "--no-safety", "--json")
     assert code == 0, err
     names = [m["name"] for m in json.loads(out)["measures"]]
-    assert names == ["base", "told (system turn)", "told (user turn)", "base (run 2)", "trained (run 2)", "ppo (run 2)", "trained"]
+    assert names == ["base", "prompted (system turn)", "prompted (user turn)", "base (run 2)", "trained (run 2)", "ppo (run 2)", "trained"]
     other = make_run("told by \x1b]0;me", train={"seed": 1})
     code, out, err = iqlite("compare", run.path, other.path, "--seeds", "1", "--no-safety")
     assert code == 0 and " told by ]0;me=" in out.strip().splitlines()[-1] and "\x1b" not in out, err

@@ -1,4 +1,4 @@
-"""Estimators and objectives against the loops of `oracle.py`, and METHOD's claims about them."""
+"""Estimators and objectives against the loops of `oracle.py`, and docs/method.md's claims about them."""
 
 from __future__ import annotations
 

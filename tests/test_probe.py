@@ -97,7 +97,7 @@ def voice(name: str, score: float, low: float, nll: float) -> Voice:
 
 def test_nothing_is_recommended_that_harms_or_may_be_chance() -> None:
     where = Contrast(0.5, 1.0, 0.4, (0.4,) * 4, 0.0, 0.0, 100)
-    base, told = voice("base", 0.3, 0.0, 1.0), voice("told (user turn)", 0.4, -0.1, 1.5)
+    base, told = voice("base", 0.3, 0.0, 1.0), voice("prompted (user turn)", 0.4, -0.1, 1.5)
     weak, strong, mad = (voice(f"superior, strength {n}", s, low, nll) for n, s, low, nll in ((1, 0.5, 0.1, 2.0), (3, 0.7, 0.2, 2.4), (5, 0.9, 0.5, 2.6)))  # fmt: skip
     found = [base, told, weak, strong, mad]
     assert suggested(found) == "superior, strength 3" and verdict(where, found, "tone", 16)[0]
@@ -105,7 +105,7 @@ def test_nothing_is_recommended_that_harms_or_may_be_chance() -> None:
     assert suggested([base, told, mad]) is None and not verdict(where, [base, told, mad], "tone", 16)[0]
     worse = voice("superior, strength 1", 0.2, -0.4, 1.0)
     assert suggested([base, told, worse]) is None and not verdict(where, [base, told, worse], "tone", 16)[0]
-    obeyed = voice("told (user turn)", 0.6, 0.1, 1.5)
+    obeyed = voice("prompted (user turn)", 0.6, 0.1, 1.5)
     assert (
         "no superior does" in verdict(where, [base, obeyed, mad], "tone", 16)[1] and not verdict(where, [base, obeyed, mad], "tone", 16)[0]
     )

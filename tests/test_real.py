@@ -46,7 +46,7 @@ def test_a_real_model_learns_the_described_tone(tmp_path: Path) -> None:
     before, after = (kl_on_fixed_answers(RunDir.open(run), start) for start in (None, run / "adapter"))
     assert after < 0.8 * before
     result = json.loads(iqlite("compare", run, "--seeds", 1, "--count", 4, "--no-safety", "--json"))
-    assert {m["name"] for m in result["measures"]} == {"base", "told (system turn)", "told (user turn)", "trained"}
+    assert {m["name"] for m in result["measures"]} == {"base", "prompted (system turn)", "prompted (user turn)", "trained"}
     assert all(m["answers"] == 4 and m["empty_share"] == 0 and m["example"] for m in result["measures"])
 
     # without iqlite: the unquantised base and PEFT load the adapter, and it changes what the model says

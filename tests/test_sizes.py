@@ -122,7 +122,7 @@ def test_where_not_even_one_row_fits_it_is_one_sentence(make_session: Callable[.
 def test_other_errors_pass_and_short_prompts_leave_room_for_more_rows() -> None:
     sizes = Sizes(rows=8, rollout_tokens=400, read_tokens=100, update_tokens=100, chunk_tokens=16)
     assert [sizes.together(tokens) for tokens in (40, 100, 1000)] == [8, 4, 1]
-    with pytest.raises(RuntimeError, match="shapes"), sizes.fitting("read_tokens", 4, 25):
+    with pytest.raises(RuntimeError, match="shapes"), next(sizes.attempts("read_tokens")).of(4, 25):
         raise RuntimeError("shapes differ")
     copy = Sizes(1, 1, 1, 1, 1)
     copy.restore(sizes.record())

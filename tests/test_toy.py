@@ -1,5 +1,5 @@
 """A toy task with a known optimum: five tokens, three positions, a table of logits as policy. The objectives converge to π̃, and in
-fewer sampled tokens than PPO, which gets the same signal as METHOD's (7) at the end of the response."""
+fewer sampled tokens than PPO, which gets the same signal as equation (7) at the end of the response."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def task() -> tuple[Tensor, Tensor]:
 
 
 def inverse_q(task: tuple[Tensor, Tensor], objective: str, steps: int, rate: float, seed: int = 0) -> list[tuple[int, float]]:
-    """(sampled tokens, KL) after every step of METHOD's loop."""
+    """(sampled tokens, KL) after every step of the loop."""
     reference, superior = task
     table = reference.clone().requires_grad_()
     optimizer, generator, curve = torch.optim.Adam([table], rate), torch.Generator().manual_seed(seed), []

@@ -1,4 +1,4 @@
-"""Whether the target points the right way, before anything moves: held-out prompts answered by the base, the told base and the superior
+"""Whether the target points the right way, before anything moves: held-out prompts answered by the base, the prompted base and the superior
 policy itself (contrastive decoding), scored by the recipe's own measure, paired.
 
 This is the paper's break condition ("if the estimated superior policy doesn't correlate with preferences"): a description can take away
@@ -23,9 +23,9 @@ from iqlite.training.measuring import HARMLESS, by_kind, measured
 from iqlite.training.order import spread, spread_by_kind
 from iqlite.training.session import Session
 
-FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; ours
+FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; our choice
 A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
-SHORT = 32  # tokens of an answer: enough to tell a tone or a refusal; ours
+SHORT = 32  # tokens of an answer: enough to tell a tone or a refusal; our choice
 LONG = {"shorter": 192}  # by measure: where more is needed; a cut answer can't be longer than another
 STRICT = 2  # comparisons' worth of doubt before a verdict is given: a 97.5 % interval
 RIGHT, NONE, WRONG = "right", "none", "wrong"
@@ -43,13 +43,13 @@ class Look:
     prompts: int
     scores: dict[str, float]
     difference: Estimate
-    told: Estimate | None
+    prompted: Estimate | None
     kinds: dict[str, dict[str, tuple[int, int]]]
     verdict: str
     seconds: float
 
     def figures(self) -> str:
-        """The means in words: base 0.67, told 0.04, superior 0.00 (−0.67 (−0.8..−0.5) from the base)."""
+        """The means in words: base 0.67, prompted 0.04, superior 0.00 (−0.67 (−0.8..−0.5) from the base)."""
         means = ", ".join(f"{name} {score:.2f}" for name, score in self.scores.items())
         sides = [
             f"; {what}: {', '.join(f'{name} {kinds[kind][0]}/{kinds[kind][1]}' for name, kinds in self.kinds.items())}"
@@ -64,11 +64,11 @@ class Look:
 
 
 def look(session: Session, progress: Callable[[int], None] = lambda _: None, seed: int = 0) -> Look:
-    """Answers, or takes from what is kept, and measures. `progress` is told of answers, as many of base, told and superior as `chosen(session)`."""
+    """Answers, or takes from what is kept, and measures. `progress` is told of answers, as many of base, prompted base and superior as `chosen(session)`."""
     began = time.perf_counter()
     numbers = chosen(session)
     who = [Answerer("base", "reference")]
-    who += [Answerer(f"told ({session.placement} turn)", "reference", session.wanted)] if session.wanted else []
+    who += [Answerer(f"prompted ({session.placement} turn)", "reference", session.wanted)] if session.wanted else []
     who.append(Answerer("superior", "superior"))
     sampler = replace(look_sampler(session), seed=seed)
     asked = session.asked.some(numbers)
@@ -86,7 +86,7 @@ def judged(
     seconds: float = 0.0,
     score: Callable[[list[str]], Array] | None = None,
 ) -> Look:
-    """The verdict on answers by "base", "superior" and, where there is one, "told", by the recipe's measure or another `score` of answers."""
+    """The verdict on answers by "base", "superior" and, where there is one, "prompted", by the recipe's measure or another `score` of answers."""
     measure = session.recipe.judge.measure
     texts = {name: [a.answer for a in given] for name, given in answers.items()}
     scores = {name: score(given) if score else measured(session, measure, asked, given) for name, given in texts.items()}
@@ -97,7 +97,7 @@ def judged(
         len(asked),
         {name: float(score_P.mean()) for name, score_P in scores.items()},
         paired(difference[:, None]),
-        paired((scores["told"] - scores["base"])[:, None]) if "told" in scores else None,
+        paired((scores["prompted"] - scores["base"])[:, None]) if "prompted" in scores else None,
         kinds,
         direction(difference),
         seconds,

@@ -31,7 +31,7 @@ CHOOSING = 16  # prompts that candidates are chosen on
 FINDING, SAMPLES = 16, 2  # prompts that demonstrations are found on, and answers to each under each reading
 LOOKALIKES = 6  # contrary prompts among those
 MOST_SHOWN = 4  # demonstrations
-STRANGE = 1.0  # nats a token that a candidate's answers may be stranger to the base than the base's own told ones; ours
+STRANGE = 1.0  # nats a token that a candidate's answers may be stranger to the base than the prompted base's own; our choice
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)
 REPEATS = 0.2  # share of repeated 3-grams above which an answer shows nothing good
 SENTENCE = re.compile(r"^.*?[.!?](?=\s|$)(?:.*[.!?](?=\s|$))?", re.DOTALL)  # up to the last sentence's end
@@ -79,7 +79,7 @@ def improve(
     until = time.monotonic() + 60 * minutes
     search = _Search(session, score, seed)
     began = time.monotonic()
-    say("answering as the base and as it is told")
+    say("answering as the base, plain and prompted")
     search.begin()
     trials = [search.trial(Candidate("as it stands", session.recipe, session.placement))]
     tried(trials[0])
@@ -135,16 +135,16 @@ class _Search:
         self.base_P: Array = np.zeros(0)
 
     def begin(self) -> None:
-        """The base's own answers, and how strange told ones are to it."""
+        """The base's own answers, and how strange the prompted ones are to it."""
         answers = self._asked(Answerer("base", "reference"), self.session, self.asked)
         self.base = [a.answer for a in answers]
         self.base_P = self.score(self.asked, self.base, self.base)
-        told = (
-            self._asked(Answerer(f"told ({self.session.placement} turn)", "reference", self.session.wanted), self.session, self.asked)
+        prompted = (
+            self._asked(Answerer(f"prompted ({self.session.placement} turn)", "reference", self.session.wanted), self.session, self.asked)
             if self.session.wanted
             else answers
         )
-        self.limit = max(_nll(answers), _nll(told)) + STRANGE
+        self.limit = max(_nll(answers), _nll(prompted)) + STRANGE
 
     def trial(self, candidate: Candidate) -> Trial:
         """Scores a candidate's superior on the prompts that are chosen on, and keeps it if it is the best."""
@@ -176,7 +176,7 @@ class _Search:
         asked = session.asked.some(numbers)
         who = {"base": Answerer("base", "reference"), "superior": Answerer("superior", "superior")}
         if session.wanted:
-            who["told"] = Answerer(f"told ({candidate.placement} turn)", "reference", session.wanted)
+            who["prompted"] = Answerer(f"prompted ({candidate.placement} turn)", "reference", session.wanted)
         sampler = replace(self._sampler(self.seed), stream="compare", seed=self.seed)
         answers = {
             name: collect(session, None, one, asked.requests, [sampler], _nobody, index=numbers, strangeness=False)[0]

@@ -1,4 +1,4 @@
-"""PPO with the same signal, as a baseline: METHOD's (7) as one reward at the end of a response, a value head, GAE, a KL penalty, the clip.
+"""PPO with the same signal, as a baseline: equation (7) of docs/method.md as one reward at the end of a response, a value head, GAE, a KL penalty, the clip.
 
     R(y) = β·Σ_t log(π̃/π_ref)(y_t|s_t) at the last token, −β·log(π_old/π_ref)(y_t|s_t) at every token, β = 1/strength, γ = 1.
 
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqlite.method.loss import spans
-from iqlite.method.objectives import of_tokens
+from iqlite.method.loss import logps_of_tokens
 from iqlite.records import Messages, Rollout, StepMetrics, SuperiorScores
 from iqlite.run.journal import Journal, part
 from iqlite.training.checkpoint import restore, snapshot
@@ -27,7 +26,7 @@ from iqlite.training.session import Session
 from iqlite.training.update import backward, micro_batches, policy_states
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
-VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; ours
+VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; our choice
 
 
 class Value:
@@ -74,22 +73,23 @@ def whitened(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def token_logps(session: Session, rollout: Rollout, scores: SuperiorScores, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(log π_θ, log π_ref, log π̃) [B, T] of the response tokens; `hidden_BTD` are the policy's states."""
-    mask_BT, head = rollout.mask_BT, session.policy.head
+    mask_BT = rollout.mask_BT
     hidden = {name: states_BTD[mask_BT] for name, states_BTD in scores.hidden.items()}
-    policy_nD, ids_n = hidden_BTD[mask_BT], rollout.tokens_BT[mask_BT]
+    found = logps_of_tokens(
+        session.policy.head,
+        hidden_BTD[mask_BT],
+        rollout.tokens_BT[mask_BT],
+        hidden,
+        session.scoring,
+        chunk_tokens=session.sizes.chunk_tokens,
+    )
     out = torch.zeros(3, *mask_BT.shape)
-    found = torch.zeros(3, len(ids_n))
-    with torch.no_grad():
-        for at in spans(len(ids_n), session.sizes.chunk_tokens):
-            superior_nV, reference_nV, _ = session.scoring(head, {name: states_nD[at] for name, states_nD in hidden.items()})
-            for row, logp_nV in enumerate((head(policy_nD[at]).log_softmax(-1), reference_nV, superior_nV)):
-                found[row, at] = of_tokens(logp_nV, ids_n[at].to(logp_nV.device)).cpu()
-    out[:, mask_BT] = found
+    out[:, mask_BT] = torch.stack(found)
     return out[0], out[1], out[2]
 
 
 def rewards(logp_BT: Tensor, reference_BT: Tensor, superior_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
-    """METHOD (7) at the last token, the KL penalty at every one; [B, T]."""
+    """Equation (7) at the last token, the KL penalty at every one; [B, T]."""
     reward_BT = -beta * (logp_BT - reference_BT) * mask_BT
     last_B = mask_BT.sum(-1) - 1
     reward_BT[torch.arange(len(mask_BT)), last_B] += beta * ((superior_BT - reference_BT) * mask_BT).sum(-1)

@@ -1,7 +1,7 @@
 """SFT, DPO and SDFT by TRL's own trainers under a recipe: its base, prompts, adapter shape, steps and sampled tokens (extra iqlite[compare]).
 
-SFT learns the told base's answers; DPO prefers them to the base's plain ones (no human data, after RLCD and DLMA) or learns from a user's
-pairs; SDFT distils the told base into the policy's own answers. What SFT and DPO learn from is sampled by iqlite, once, from the base.
+SFT learns the prompted base's answers; DPO prefers them to the base's plain ones (no human data, after RLCD and DLMA) or learns from a user's
+pairs; SDFT distils the prompted base into the policy's own answers. What SFT and DPO learn from is sampled by iqlite, once, from the base.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from iqlite.training.session import Session
 TRL = ("sft", "dpo", "sdft")
 ROWS, TRAINER = "rows.jsonl", "trainer"  # while a baseline isn't finished: what is sampled beforehand, and TRL's own checkpoints
 DPO_BETA = 0.1  # TRL's and the paper's default (arXiv 2305.18290)
-DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-level objectives; ours
+DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-level objectives; our choice
 
 
 def check_trl() -> None:

@@ -1,4 +1,4 @@
-"""Answers drawn from the superior policy itself, without training: contrastive decoding (METHOD, equation 3, at every position).
+"""Answers drawn from the superior policy itself, without training: contrastive decoding (docs/method.md, equation 3, at every position).
 
 The base reads what was said so far plain, under the wanted and under the unwanted description, as rows of one batch; the recipe's own
 estimator combines what they predict, and the token that is drawn is said to all of them.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from iqlite.run.rundir import RunDir
 
 EXAMPLE = 400  # characters of an example answer
-UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a warning; ours
+UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a warning; our choice
 JUDGEMENTS = "judgements.jsonl"
 
 
@@ -118,9 +118,9 @@ def _conclude(console: Console, found: Comparison, judging: Any, run: RunDir) ->
     if found.judge == found.measure == DESCRIBED:
         console.print(f"[dim]{OWN_EYE}[/]")
     console.print(f"[{'green' if good else 'bold yellow'}]{clean(why)}[/]")
-    tellings = found.measures[1 : 1 + found.told]
-    best = [replace(max(tellings, key=lambda r: r.score), name="told")] if tellings else []
-    last = [found.measures[0], *best, *found.measures[1 + found.told :]]
+    prompted = found.measures[1 : 1 + found.prompted]
+    best = [replace(max(prompted, key=lambda r: r.score), name="prompted")] if prompted else []
+    last = [found.measures[0], *best, *found.measures[1 + found.prompted :]]
     console.print(clean(" ".join([found.measure, *(f"{r.name}={r.score:.2f}" for r in last)])))
 
 

@@ -17,7 +17,7 @@ from iqlite.terminal import bytes_done, facts
 from iqlite.terminal import console as terminal
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-FAR = 0.05  # nats a token between adapter and merged model from which the user is warned; ours
+FAR = 0.05  # nats a token between adapter and merged model from which the user is warned; our choice
 
 
 class DType(StrEnum):

@@ -99,16 +99,17 @@ def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, An
     from safetensors.torch import load_file
 
     from iqlite.evaluation.answers import Answerer
-    from iqlite.evaluation.safety import check, load_items
+    from iqlite.evaluation.safety import a_few, check, load_items
     from iqlite.machine.sizes import within_memory
     from iqlite.run.findings import adapter_digest
 
     session.policy.load_state(load_file(run_dir.adapter / ADAPTER_WEIGHTS))  # a monitor's stop leaves the best, not the last
     who = {"base": Answerer("base", "reference"), "trained": Answerer("trained", "policy", of=adapter_digest(run_dir.adapter))}
     items = load_items()
+    some = a_few(items)
     with within_memory(session.recipe, "and run iqlite compare"), counting(console, "safety before and after") as progress:
-        task = progress.add_task("", total=2 * len(items))
-        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who["trained"].of)
+        task = progress.add_task("", total=2 * len(some))
+        return check(session, run_dir, who, items, lambda rows: progress.advance(task, rows), adapter=who["trained"].of, some=some)
 
 
 def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Who answers in a look, a probe or a comparison, and the answers themselves, kept so that no question is put twice.
 
 WHO-DIGEST.jsonl holds a line an answer; the digest covers all that it depends on but the request and the seed, which the line names. What
-a run's adapters say is kept in runs/NAME/answers/; what needs no training (base, told base, superior) in the user's cache too, so that a
+a run's adapters say is kept in runs/NAME/answers/; what needs no training (base, prompted base, superior) in the user's cache too, so that a
 look before training, a probe and a comparison share it.
 """
 
@@ -25,13 +25,13 @@ from iqlite.training.readings import Reading
 from iqlite.training.session import Session
 
 FOLDER = "answers"
-TOGETHER = 128  # answers that are drawn before they are kept; ours
+TOGETHER = 128  # answers that are drawn before they are kept; our choice
 UNTRAINED = ("reference", "superior")  # roles that answer alike in every run of a recipe
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """Who is asked: a role, told a description or not; the role "superior" is π̃ itself. `of` is what else the answers depend on."""
+    """Who is asked: a role, prompted with a description or not; the role "superior" is π̃ itself. `of` is what else the answers depend on."""
 
     name: str
     role: str
@@ -62,12 +62,12 @@ class Answer:
     nll: float | None = None
 
 
-def told_answerers(session: Session) -> list[Answerer]:
-    """The base told the wanted description, in every placement that the template has."""
+def prompted_answerers(session: Session) -> list[Answerer]:
+    """The base prompted with the wanted description, in every placement that the template has."""
     if session.wanted is None:
         return []
     placements = ("system", "user") if session.chat.system_turn else ("user",)
-    return [Answerer(f"told ({p} turn)", "reference", replace(session.wanted, placement=p)) for p in placements]
+    return [Answerer(f"prompted ({p} turn)", "reference", replace(session.wanted, placement=p)) for p in placements]
 
 
 def collect(
@@ -128,7 +128,7 @@ def digest_of(request: Messages) -> str:
 
 def _digest(session: Session, who: Answerer, sampler: Sampler) -> str:
     recipe = session.recipe
-    told = asdict(who.description) if who.description else None
+    prompted = asdict(who.description) if who.description else None
     superior = None
     if who.role == "superior":  # what it depends on, however the recipe spells it
         behavior = recipe.behavior.model_dump(exclude={"placement"})
@@ -136,7 +136,7 @@ def _digest(session: Session, who: Answerer, sampler: Sampler) -> str:
     of = session.policy.base
     base = [of.identity.weights, recipe.model.quantization, str(of.compute_dtype), session.chat.template]
     role = "adapter" if who.of else who.role  # whichever place it has on the command line
-    data = [role, told, who.of, superior, base, asdict(replace(sampler, seed=0))]
+    data = [role, prompted, who.of, superior, base, asdict(replace(sampler, seed=0))]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 

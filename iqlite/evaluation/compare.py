@@ -14,7 +14,7 @@ import numpy as np
 from iqlite.baselines.store import BASELINES, METHODS, baseline, check_methods, shown
 from iqlite.chat.superior import check_heard
 from iqlite.errors import PromptsError, RunError
-from iqlite.evaluation.answers import Answerer, collect, told_answerers
+from iqlite.evaluation.answers import Answerer, collect, prompted_answerers
 from iqlite.evaluation.figures import (
     Answers,
     Figures,
@@ -72,11 +72,11 @@ class Comparison:
     safety: dict[str, Any] | None
     judging: dict[str, int] | None
     question: str = field(repr=False)  # the prompt that the figures' examples answer
-    told: int = field(repr=False)  # how many tellings of the base come behind it in `measures`
+    prompted: int = field(repr=False)  # how many rows of `measures` behind the base are the prompted base
 
     def record(self) -> dict[str, Any]:
         """For compare.json and `--json`."""
-        kept = {name: value for name, value in asdict(self).items() if name not in ("question", "told")}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("question", "prompted")}
         return {name: value for name, value in kept.items() if name != "judging" or value is not None}
 
     def keep(self, run: RunDir) -> str:
@@ -133,8 +133,8 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
     samplers = [
         Sampler(seed, recipe.rollout.max_new_tokens, question.temperature, question.top_p, "compare") for seed in range(question.seeds)
     ]
-    told = told_answerers(session)
-    who = _answerers(session, told, more, adapter, superior="superior" in question.others)
+    prompted = prompted_answerers(session)
+    who = _answerers(session, prompted, more, adapter, superior="superior" in question.others)
     answers = _ask(session, run, who, asked, index, samplers, watch)
 
     names, example = list(answers), _example(asked)
@@ -174,7 +174,7 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
         if isinstance(judging, ModelJudge)
         else None,
         question=asked.requests[example][-1]["content"],
-        told=len(told),
+        prompted=len(prompted),
     )
 
 
@@ -195,9 +195,11 @@ def _asked(session: Session, question: Question, given: Prompts | None, measure:
     return asked, index
 
 
-def _answerers(session: Session, told: Sequence[Answerer], more: Mapping[str, Path], adapter: Path, *, superior: bool) -> list[Answerer]:
-    """Base, its tellings, the superior, other runs and baselines, and the trained model last."""
-    who = [Answerer("base", "reference"), *told]
+def _answerers(
+    session: Session, prompted: Sequence[Answerer], more: Mapping[str, Path], adapter: Path, *, superior: bool
+) -> list[Answerer]:
+    """The base plain and prompted, the superior, other runs and baselines, and the trained model last."""
+    who = [Answerer("base", "reference"), *prompted]
     who += [Answerer("superior", "superior")] if superior else []
     for number, (name, folder) in enumerate(more.items()):
         session.policy.add_frozen(f"other{number}", folder)

@@ -139,8 +139,8 @@ def verdict(by: str, found: Sequence[Mapping[str, Any]], prompts: int, run: str)
     """(whether training did what it should, by the judge): in a sentence, with what to try next where it didn't."""
     base = next(one for one in found if one["against"] == "base")
     rate = Estimate(**base["win_rate"])
-    told = [one for one in found if one["against"].startswith("told")]
-    hardest = min(told, key=lambda one: one["win_rate"]["value"], default=None)
+    prompted = [one for one in found if one["against"].startswith("prompted")]
+    hardest = min(prompted, key=lambda one: one["win_rate"]["value"], default=None)
     if prompts < FEWEST:
         return False, f"{prompts} prompts are too few for a verdict: ask at least {FEWEST}."
     if base["significant"] and rate.value > 0.5:

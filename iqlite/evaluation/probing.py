@@ -1,4 +1,4 @@
-"""Whether a description is worth training, before any training: what the readings differ by and where, what told and superior say,
+"""Whether a description is worth training, before any training: what the readings differ by and where, what prompted base and superior say,
 which strength, and whether human preferences agree."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iqlite.evaluation.answers import Answerer, collect, told_answerers
+from iqlite.evaluation.answers import Answerer, collect, prompted_answerers
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.pairs import Pair, answer_ids
 from iqlite.records import Messages, Prompts, Rollout
@@ -21,8 +21,8 @@ from iqlite.training.session import Session
 
 PARTS = 4  # quarters of an answer
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)
-WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; ours
-STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the told ones; ours
+WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; our choice
+STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the prompted ones; our choice
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Voice:
 def voices(
     session: Session, asked: Prompts, index: Sequence[int], sampler: Sampler, strengths: Sequence[float], done: Callable[[str], None]
 ) -> list[Voice]:
-    """Base, told base and superiors of several strengths on the same prompts from the same noise, by the recipe's measure; what is kept
+    """Base, prompted base and superiors of several strengths on the same prompts from the same noise, by the recipe's measure; what is kept
     from a look isn't asked again."""
-    who = [(one, session) for one in (Answerer("base", "reference"), *told_answerers(session))]
+    who = [(one, session) for one in (Answerer("base", "reference"), *prompted_answerers(session))]
     who += [(Answerer("superior", "superior"), session.with_strength(strength)) for strength in strengths]
     names = [one.name for one, _ in who if one.role != "superior"] + [f"superior, strength {strength:g}" for strength in strengths]
     found: list[Voice] = []
@@ -111,10 +111,10 @@ def voices(
 
 
 def _sane(found: Sequence[Voice]) -> list[Voice]:
-    """Told answers, and those superiors' that aren't much stranger to the base than the told ones (than the plain ones, where nobody is told)."""
-    told = [voice for voice in found if voice.name.startswith("told")]
-    limit = max(voice.base_nll for voice in told or found[:1]) + STRANGE
-    return told + [voice for voice in found if voice.name.startswith("superior") and voice.base_nll <= limit]
+    """Prompted answers, and those superiors' that aren't much stranger to the base than these (than the plain ones, where there are none)."""
+    prompted = [voice for voice in found if voice.name.startswith("prompted")]
+    limit = max(voice.base_nll for voice in prompted or found[:1]) + STRANGE
+    return prompted + [voice for voice in found if voice.name.startswith("superior") and voice.base_nll <= limit]
 
 
 def suggested(found: Sequence[Voice]) -> str | None:
@@ -141,12 +141,12 @@ def verdict(where: Contrast, found: Sequence[Voice], measure: str, answers: int)
     better = [voice for voice in _sane(found) if voice.difference.low > 0]
     if better and not any(voice.name.startswith("superior") for voice in better):
         return False, (
-            f"Training is unlikely to help as the recipe stands: {better[0].name} moves {measure} by {better[0].difference} from the base, but no superior does "
-            'that the base finds sane. Try a lower --strength, or superior.estimator = "prompted".'
+            f"Training is unlikely to help as the recipe stands: {better[0].name} moves {measure} by {better[0].difference} from the base, but no superior does whose "
+            'answers stay plausible to the base. Try a lower --strength, or superior.estimator = "prompted".'
         )
     if not better:
         return False, (
-            f"Training is unlikely to help, as far as {measure} tells: neither told nor superior answers that the base finds sane score above the base's beyond chance. "
+            f"Training is unlikely to help, as far as {measure} tells: neither prompting the base nor the superior policy improves it beyond chance while its answers stay plausible to the base. "
             "Add demonstrations, use a larger base, or judge by another measure."
         )
     best = max(better, key=lambda voice: voice.score)

@@ -14,7 +14,7 @@ from iqlite.device import here, let_go
 from iqlite.export.merge import Merge
 from iqlite.machine.here import usable_memory
 from iqlite.machine.sizes import Sizes
-from iqlite.method.loss import spans
+from iqlite.method.loss import logps_by_chunks
 from iqlite.model.policy import Policy
 from iqlite.model.sampling import Sampler
 from iqlite.model.template import Chat
@@ -71,5 +71,5 @@ def _logps(policy: Policy, chat: Chat, rollout: Rollout, role: str, sizes: Sizes
     """(span, log-probabilities [n, V] on the host) of the response tokens, some at a time."""
     hidden_nD = read(policy, chat, rollout, [Reading("it", role)], sizes).hidden["it"][rollout.mask_BT]
     with torch.no_grad():
-        for at in spans(len(hidden_nD), CHECK_CHUNK):
-            yield at, policy.head(hidden_nD[at]).log_softmax(-1).cpu()
+        for at, logp_nV in logps_by_chunks(policy.head, hidden_nD, CHECK_CHUNK):
+            yield at, logp_nV.cpu()

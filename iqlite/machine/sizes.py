@@ -22,8 +22,11 @@ WORDS = {
 
 @dataclass
 class Sizes:
-    """Answers decoded at once (at most, and by the tokens that they come to), tokens in a forward without and with a gradient,
-    tokens through the head at once, and whether a CPU decodes with one float32 matrix for each adapted layer.
+    """How much work each phase does at once.
+
+    `rows`, `rollout_tokens`: answers decoded together, capped by their count and by their tokens in all. `read_tokens`: tokens in a forward pass
+    without a gradient. `update_tokens`: with one. `chunk_tokens`: tokens through the LM head. `fold`: on a CPU, decode with base and adapter added
+    into one float32 matrix a layer.
 
     They change memory and time, not the result (rounding and ties within rounding apart), so that they may shrink within a run.
     """
@@ -50,14 +53,34 @@ class Sizes:
         """How many answers are decoded at once, if the longest may come to that many tokens with its prompt."""
         return max(1, min(self.rows, self.rollout_tokens // tokens))
 
-    @contextmanager
-    def fitting(self, which: str, rows: int, tokens: int) -> Iterator[list[bool]]:
-        """Runs the block, which does `rows` rows of `tokens` tokens each at once; after an out-of-memory halves `which` and appends
-        to the list it gave: run the block again. At one row there is nothing left to halve: BaseError names the keys.
+    def attempts(self, which: str) -> Iterator[Attempt]:
+        """Attempts at the same work, until one has memory enough; after each that hadn't, the width called `which` is halved.
+
+        for attempt in sizes.attempts("read_tokens"):
+            ...  # how many rows fit now
+            with attempt.of(rows, tokens):
+                ...  # the work
         """
-        again: list[bool] = []
+        while True:
+            attempt = Attempt(self, which)
+            yield attempt
+            if attempt.done:
+                return
+
+
+class Attempt:
+    """One attempt; `done` once its work had memory enough."""
+
+    def __init__(self, sizes: Sizes, which: str):
+        self.sizes, self.which, self.done = sizes, which, False
+
+    @contextmanager
+    def of(self, rows: int, tokens: int) -> Iterator[None]:
+        """The work: `rows` rows of `tokens` tokens each at once. At one row there is nothing left to halve: BaseError names the keys."""
         try:
-            yield again
+            yield
+            self.done = True
+            return
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,12 +89,10 @@ class Sizes:
                 raise BaseError(
                     "memory is full even with one row at a time; lower rollout.max_new_tokens, prompts.max_tokens or train.chunk_tokens with --set, or choose a smaller base (see iqlite plan)."
                 ) from None
-            fewer = rows // 2 * tokens
-            setattr(self, which, fewer)
-            again.append(True)
-        if again:
-            let_go()
-            self.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[which]} from now on; the result stays the same.")
+        fewer = rows // 2 * tokens
+        setattr(self.sizes, self.which, fewer)
+        let_go()
+        self.sizes.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result stays the same.")
 
 
 @contextmanager

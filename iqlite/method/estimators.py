@@ -1,4 +1,4 @@
-"""Superior-policy estimators: readings' logits [n, V] → log π̃ [n, V] (METHOD, equation 3). Plain functions in one dict.
+"""Superior-policy estimators: readings' logits [n, V] → log π̃ [n, V] (docs/method.md, equation 3). Plain functions in one dict.
 
 The names of an estimator's positional parameters are the readings it asks for; its keyword-only parameters are its settings in
 the recipe's `[superior]` table, with their defaults. To add one: write the function, add a line to `ESTIMATORS`.
@@ -30,9 +30,9 @@ def contrastive(
 ) -> Estimate:
     """Equation (3): log π̃ = log_softmax(z_ref + strength · clip(log π⁺ − log π⁻, ±clip)) on the plausible set.
 
-    Source: METHOD (3), after Inverse-Q* (arXiv 2408.14874); plausibility from contrastive decoding (arXiv 2210.15097).
+    Source: docs/method.md, equation (3), after Inverse-Q* (arXiv 2408.14874); plausibility from contrastive decoding (arXiv 2210.15097).
     `strength` is 1/β ≥ 0; `clip` C in nats > 0, may be inf; `plausibility` ε in [0, 1): tokens with π_ref < ε · max π_ref keep
-    the reference's logit. The strength, C and ε are ours. With equal readings or strength 0 the result is π_ref to the bit.
+    the reference's logit. The strength, C and ε are our choice. With equal readings or strength 0 the result is π_ref to the bit.
     """
     return _add(reference_nV, [(1.0, wanted_nV, unwanted_nV)], strength, clip, plausibility)
 

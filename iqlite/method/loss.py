@@ -7,7 +7,7 @@ for `full-kl`), so that the largest tensors are a handful of [chunk_tokens, V] i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,25 @@ def chunked_loss(
     return total, TokenStatistics(values)
 
 
+def logps_of_tokens(
+    head: Head, hidden_nD: Tensor, tokens_n: Tensor, hidden: Mapping[str, Tensor], scoring: Scoring, *, chunk_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log π_θ, log π_ref, log π̃) [n] of tokens, nats, float32 on the host, without a gradient; arguments as for `chunked_loss`."""
+    found = torch.zeros(3, len(tokens_n))
+    with torch.no_grad():
+        for at, logp_nV in logps_by_chunks(head, hidden_nD, chunk_tokens):
+            superior_nV, reference_nV, _ = scoring(head, {name: states_nD[at] for name, states_nD in hidden.items()})
+            for row, one_nV in enumerate((logp_nV, reference_nV, superior_nV)):
+                found[row, at] = of_tokens(one_nV, tokens_n[at].to(one_nV.device)).cpu()
+    return found[0], found[1], found[2]
+
+
+def logps_by_chunks(head: Head, hidden_ND: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """(span, log-probabilities [n, V] float32) of hidden states, so many tokens at a time; with a gradient where they have one."""
+    for at in spans(len(hidden_ND), chunk_tokens):
+        yield at, head(hidden_ND[at]).log_softmax(-1)
+
+
 def spans(length: int, size: int) -> list[slice]:
     """Slices of at most `size` that cover `length`, in order."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
@@ -127,7 +146,7 @@ def spans(length: int, size: int) -> list[slice]:
 def _statistics(
     head: Head, logp_nV: Tensor, tokens_n: Tensor, hidden: Mapping[str, Tensor], scoring: Scoring
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """log π̃ [n, V] of a chunk, and METHOD's watch list for its tokens."""
+    """log π̃ [n, V] of a chunk, and docs/method.md's watch list for its tokens."""
     with torch.no_grad():
         logp_superior_nV, logp_reference_nV, metrics = scoring(head, hidden)
         chunk = Chunk(tokens_n.to(logp_nV.device), logp_nV, logp_superior_nV)

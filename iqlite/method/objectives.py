@@ -1,4 +1,4 @@
-"""Objectives (METHOD, equation 5) and token rewards (equation 4). Plain functions of a `Chunk` in one dict.
+"""Objectives (docs/method.md, equation 5) and token rewards (equation 4). Plain functions of a `Chunk` in one dict.
 
 An objective returns `(loss_n, metrics)`: float32 loss per response token with a gradient in `logp_policy_nV` only, and per-token
 float32 metrics. Its keyword-only parameters are its settings in the recipe's `[objective]` table. One that has a `gamma` gets its
@@ -53,7 +53,7 @@ def policy_gradient(chunk: Chunk, *, gamma: float = 0.0, centre: bool = False, c
 
 
 def full_kl(chunk: Chunk) -> Loss:
-    """Σ_a π_θ(a)·(log π_θ(a) − log π̃(a)): ours, the default. Gradient in the logits: equation (6)."""
+    """Σ_a π_θ(a)·(log π_θ(a) − log π̃(a)): our choice, the default. Gradient in the logits: equation (6)."""
     return kl(chunk.logp_policy_nV, chunk.logp_superior_nV), {}
 
 

@@ -27,7 +27,7 @@ from iqlite.model.linear import make_lean
 
 MOVING = (None, "policy", "ema")  # roles whose weights change from step to step
 TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
-LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; ours
+LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; our choice
 
 
 class Policy:

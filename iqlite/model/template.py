@@ -19,7 +19,7 @@ DEFAULT_TEMPLATE = (
 """For models without a chat template: the system text, then `User: …` and `Assistant: …` turns; answers end with the EOS token."""
 
 
-FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; ours
+FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; our choice
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Z95 = 1.959963984540054  # the normal quantile of 0.975
 RESAMPLES, SEED = 1000, 0
-FEWEST = 10  # prompts or pairs below which nothing is said of a difference: so few resample badly, and can all agree by chance; ours
+FEWEST = 10  # prompts or pairs below which nothing is said of a difference: so few resample badly, and can all agree by chance; our choice
 ELO = 400 / math.log(10)  # Elo points of one nat of Bradley–Terry strength
 VIRTUAL_DRAWS = 1.0  # between any two who met: keeps a clean sweep finite
 

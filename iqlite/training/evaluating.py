@@ -83,7 +83,7 @@ _EVALUATED = {
 
 
 def describe(rollout: Rollout, statistics: TokenStatistics) -> dict[str, float]:
-    """METHOD's watch list for one rollout: masked means in nats a token, lengths in tokens, shares in 0…1.
+    """docs/method.md's watch list for one rollout: masked means in nats a token, lengths in tokens, shares in 0…1.
 
     What concerns the target is of the other prompts' tokens where some are contrary; of those, KL(policy‖reference), which is their target.
     """
@@ -94,7 +94,7 @@ def describe(rollout: Rollout, statistics: TokenStatistics) -> dict[str, float]:
             TokenStatistics({name: value_n[which_n] for name, value_n in statistics.values.items()})
             for which_n in (~of_contrary_n, of_contrary_n)
         )
-        means, contrary = statistics.means(), {"contrary/kl_policy_reference": beside.means()["kl/policy_reference"]}
+        means, contrary = statistics.means(), {"kl/contrary_policy_reference": beside.means()["kl/policy_reference"]}
     ended = float(rollout.ended_B.double().mean())
     return {
         **{name: value for name, value in means.items() if name not in ("reward", "logp", "contrary")},

@@ -1,4 +1,4 @@
-"""METHOD's loop: answer prompts, read the answers under the descriptions, reward every token, update the adapter, repeat.
+"""The loop of docs/method.md: answer prompts, read the answers under the descriptions, reward every token, update the adapter, repeat.
 
 `train` is the algorithm. Everything it needs is in a `Session`; everything it leaves is in a `RunDir`; what a person sees goes
 through a `Reporter`. A run resumes exactly: all noise is a function of (seed, step, prompt), so a checkpoint is tensors and counters.

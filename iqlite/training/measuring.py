@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from iqlite.errors import PromptsError
-from iqlite.method.loss import spans
+from iqlite.method.loss import logps_by_chunks
 from iqlite.method.objectives import of_tokens
 from iqlite.recipe.pairs import answer_ids
 from iqlite.records import Messages, Prompts, Rollout
@@ -25,7 +25,7 @@ from iqlite.training.session import Session
 HARMLESS, DESCRIBED = "harmless", "described"
 OWN_EYE = "described is the target's own eye: that a description means something else to this base than to you, it can't see. Read the answers, or add --judge me or a judging model to compare."
 NAMES = (DESCRIBED, *MEASURES, HARMLESS)
-LONGEST = 256  # tokens of an answer that are read for `described`; ours
+LONGEST = 256  # tokens of an answer that are read for `described`; our choice
 TOGETHER = 16  # answers read at once
 
 
@@ -68,7 +68,7 @@ def by_kind(asked: Prompts, texts: Sequence[str]) -> dict[str, tuple[int, int]]:
 def log_odds(session: Session, requests: Sequence[Messages], texts: Sequence[str]) -> Array:
     """log π⁺(y)/π⁻(y) a token of each answer, nats [P]: by which description's reading the base expects it more.
 
-    METHOD (3)'s Δ of the tokens, unclipped; π_ref where there is no unwanted reading; a mixture's add up by their weights. It is the
+    Equation (3)'s Δ of the tokens, unclipped; π_ref where there is no unwanted reading; a mixture's add up by their weights. It is the
     target's own eye: it can't see that a description means something else than its author.
     """
     which = readings(session.recipe, session.placement, "base")
@@ -103,8 +103,7 @@ def token_logps(session: Session, rollout: Rollout, which: Sequence[Reading]) ->
     for name, states_BTD in hidden.items():
         states_ND, logp_N = states_BTD[mask_BT], torch.zeros(len(ids_N))
         with torch.no_grad():
-            for at in spans(len(ids_N), session.sizes.chunk_tokens):
-                logp_nV = policy.head(states_ND[at]).log_softmax(-1)
+            for at, logp_nV in logps_by_chunks(policy.head, states_ND, session.sizes.chunk_tokens):
                 logp_N[at] = of_tokens(logp_nV, ids_N[at].to(logp_nV.device)).cpu()
         found[name] = torch.zeros(mask_BT.shape)
         found[name][mask_BT] = logp_N

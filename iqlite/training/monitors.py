@@ -1,7 +1,7 @@
 """Stability rules over the metrics: warn, keep the best, stop. Pure functions of the numbers so far; no torch.
 
-The failure signatures are METHOD's: oscillating loss, degraded held-out metrics, poor out-of-domain behaviour, and those of the
-nearest literature (collapse of entropy, growing repetition and truncation: arXiv 2604.08527). All thresholds are ours.
+The failure signatures are those of docs/method.md: oscillating loss, degraded held-out metrics, poor out-of-domain behaviour, and those of the
+nearest literature (collapse of entropy, growing repetition and truncation: arXiv 2604.08527). All thresholds are our choice.
 """
 
 from __future__ import annotations

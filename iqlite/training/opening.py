@@ -33,7 +33,7 @@ from iqlite.training.readings import readings
 from iqlite.training.session import Session
 
 READING_MARGIN = 16  # tokens of the context kept free
-CONTRARY_HELD = 0.25  # share of the contrary prompts that is held out; ours
+CONTRARY_HELD = 0.25  # share of the contrary prompts that is held out; our choice
 
 
 def open_session(

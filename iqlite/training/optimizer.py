@@ -16,9 +16,9 @@ from torch import Tensor
 from iqlite.model.policy import Policy
 from iqlite.training.monitors import NO_GRADIENT
 
-BETAS = (0.9, 0.95)  # ours
+BETAS = (0.9, 0.95)  # our choice
 QUANTISED = "__bnb_optimizer_quant_state__"
-COSINE_FLOOR = 0.1  # share of the peak learning rate at the end; ours
+COSINE_FLOOR = 0.1  # share of the peak learning rate at the end; our choice
 
 
 def make_optimizer(policy: Policy, name: str) -> torch.optim.Optimizer:

@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from iqlite.method.loss import spans
+from iqlite.method.loss import logps_by_chunks
 from iqlite.method.objectives import kl
 from iqlite.records import Rollout
 from iqlite.training.readings import read, readings
 from iqlite.training.session import Session
 
-PLACEMENT_PROMPTS, PLACEMENT_TOKENS = 8, 16  # how much `placement = "auto"` reads both ways; ours
+PLACEMENT_PROMPTS, PLACEMENT_TOKENS = 8, 16  # how much `placement = "auto"` reads both ways; our choice
 
 
 def place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:
-    """METHOD's `auto`: a handful of prompts read both ways; the placement with the larger KL from the base is taken."""
+    """`placement = "auto"` (docs/method.md): a handful of prompts read both ways; the placement with the larger KL from the base is taken."""
     if not any(r.description for r in readings(session.recipe, "system", "base")):
         return replace(session, placement="system"), "no description is read, so its placement doesn't matter."
     if not session.chat.system_turn:
@@ -50,8 +50,8 @@ def moved(session: Session, rollout: Rollout, placement: str, *, other: str = "r
             against = other if other == "reference" else name.replace("wanted", other, 1)
             if not name.startswith("wanted") or against not in scores.hidden:
                 continue
-            told_ND, plain_ND = (scores.hidden[n][rollout.mask_BT] for n in (name, against))
-            for at in spans(len(told_ND), session.sizes.chunk_tokens):
-                total += float(kl(head(told_ND[at]).log_softmax(-1), head(plain_ND[at]).log_softmax(-1)).sum())
-            count += len(told_ND)
+            read_ND, plain_ND = (scores.hidden[n][rollout.mask_BT] for n in (name, against))
+            for at, logp_nV in logps_by_chunks(head, read_ND, session.sizes.chunk_tokens):
+                total += float(kl(logp_nV, head(plain_ND[at]).log_softmax(-1)).sum())
+            count += len(read_ND)
     return total / count if count else math.nan

@@ -30,7 +30,7 @@ class Reading:
 
 
 def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Reading], sizes: Sizes) -> SuperiorScores:
-    """Each reading's hidden states [B, T, D] at the response's positions. METHOD's step 3.
+    """Each reading's hidden states [B, T, D] at the response's positions. Step 3 of docs/method.md.
 
     Readings by the same weights share forwards of at most `sizes.read_tokens` tokens, longest rows first: each layer is dequantised once for all.
     A contrary row is read plain only, and its states stand for all readings that π̃ is made of: Δ = 0, so that by (3) its target is π_ref to the bit.
@@ -52,12 +52,11 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
         with policy.acting_as(role):
             left = list(range(len(jobs)))
             while left:
-                part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
-                names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
-                with sizes.fitting("read_tokens", len(part), lengths[part[0]]) as again:
-                    states = policy.forward.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
-                if again:
-                    continue
+                for attempt in sizes.attempts("read_tokens"):
+                    part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
+                    names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
+                    with attempt.of(len(part), lengths[part[0]]):
+                        states = policy.forward.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
                 for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
                     hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
                 left = [i for i in left if i not in set(part)]

@@ -83,13 +83,12 @@ def sample_readings(
         at = 0
         while at < len(order):
             longest = lengths[order[at]] + new
-            part = order[at : at + max(1, sizes.together(longest) // len(prompts))]
-            with sizes.fitting("rollout_tokens", len(part), longest * len(prompts)) as again:
+            for attempt in sizes.attempts("rollout_tokens"):
+                part = order[at : at + max(1, sizes.together(longest) // len(prompts))]
                 some = {name: [ids[row] for row in part] for name, ids in prompts.items()}
-                drawn = draw(policy, some, shared, predict, stop_ids, sampler, step, [index[row] for row in part])
-                tokens_BT[part] = _gathered(drawn, len(part), new, fill)
-            if again:
-                continue
+                with attempt.of(len(part), longest * len(prompts)):
+                    drawn = draw(policy, some, shared, predict, stop_ids, sampler, step, [index[row] for row in part])
+                    tokens_BT[part] = _gathered(drawn, len(part), new, fill)
             at += len(part)
             if progress is not None:
                 progress(len(part))

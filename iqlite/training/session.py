@@ -43,12 +43,12 @@ class Session:
         both = self.recipe.judge.measure == "harmless" and self.contrary_eval is not None
         return self.eval + self.contrary_eval if both and self.contrary_eval else self.eval
 
-    @property
+    @functools.cached_property
     def readings(self) -> tuple[Reading, ...]:
         """The reference, always by the bare base, and what the estimator asks for, by the weights that the recipe names."""
         return readings(self.recipe, self.placement, self.recipe.superior.weights)
 
-    @property
+    @functools.cached_property
     def scoring(self) -> Scoring:
         """The estimator with its settings."""
         superior = self.recipe.superior
@@ -56,7 +56,7 @@ class Session:
         mixture = tuple((p.name, p.weight) for p in self.recipe.behavior.mixture)
         return Scoring(estimator, readings_of(superior.estimator), mixture)
 
-    @property
+    @functools.cached_property
     def objective(self) -> Callable[..., Any]:
         """The objective with its settings."""
         return functools.partial(OBJECTIVES[self.recipe.objective.name], **self.recipe.objective.settings())

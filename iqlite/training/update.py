@@ -1,4 +1,4 @@
-"""METHOD's steps 4 and 5 on one rollout: token rewards, the objective's gradient by micro-batches, the optimizer's step."""
+"""Steps 4 and 5 of docs/method.md on one rollout: token rewards, the objective's gradient by micro-batches, the optimizer's step."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
     first: TokenStatistics | None = None
     norm = math.nan
     for _ in range(recipe.train.updates_per_rollout):
-        again = [True]
-        while again:  # out of memory: the whole gradient once more, in smaller parts
+        for attempt in session.sizes.attempts("update_tokens"):  # out of memory: the whole gradient once more, in smaller parts
             optimizer.zero_grad(set_to_none=True)
             parts: list[TokenStatistics] = []
             batches = micro_batches(session, rollout)
             widest = max(batches, key=len)
-            with session.sizes.fitting("update_tokens", len(widest), row_tokens(session, rollout, widest[0])) as again:
+            with attempt.of(len(widest), row_tokens(session, rollout, widest[0])):
                 for rows in batches:
                     parts.append(backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
         first = first or TokenStatistics.join(parts)

@@ -27,7 +27,7 @@ from iqlite.evaluation.curves import Point, until
 OUT = Path("runs/bench/methods")
 METHODS = {"cheerful": "superior,sft,dpo,ppo,sdft", "concise": "superior,dpo,sdft"}
 EVERY = {"cheerful": 4, "concise": 6}
-UNTRAINED = ("base-", "told-", "superior-")  # whose answers are the same for every training seed
+UNTRAINED = ("base-", "prompted-", "superior-")  # whose answers are the same for every training seed
 
 
 def run(task: str, seed: int, rate: float) -> tuple[dict[str, Any], dict[str, list[Point]]]:
