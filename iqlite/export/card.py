@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iqlite import __version__
+from iqlite.base.names import hub_name
 from iqlite.recipe.schema import HubPrompts, Recipe
 from iqlite.run.findings import digest, figures
 from iqlite.run.rundir import RunDir, locked
@@ -58,7 +59,7 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
     """README.md in the hub's format: what was trained, from what, with which figures, and what is to be checked."""
     base, recipe, found = manifest["base"], manifest["recipe"], manifest["figures"]
     head = {
-        "base_model": base["name"],
+        "base_model": hub_name(base["name"]),
         "license": base["licence"] or "other",
         "library_name": "peft" if peft else "transformers",
         "pipeline_tag": "text-generation",

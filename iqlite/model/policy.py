@@ -19,12 +19,29 @@ from torch import Tensor
 
 from iqlite.base.identity import check_adapter
 from iqlite.base.loading import Base
+from iqlite.base.names import hub_name
 from iqlite.errors import AdapterError, first_line
 from iqlite.model.forward import Forward, recompute_layers
 from iqlite.model.head import Head
 from iqlite.model.linear import folded as into_one
 from iqlite.model.linear import make_lean
 
+LOADING = """\
+# A LoRA adapter of {base}
+
+In PEFT's format; it needs its base and not iqlite:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")  # a base that was a GGUF file: its original folder or hub id
+model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+```
+
+iqlite itself writes a model card with figures: `iqlite export RUN --to peft -o FOLDER`.
+"""
 MOVING = (None, "policy", "ema")  # roles whose weights change from step to step
 TRAINED = "default"  # PEFT's own name for an adapter stored at the root of its folder
 LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smallest numbers; our choice
@@ -47,7 +64,7 @@ class Policy:
             check_adapter(start, base.identity)
             with _fitting(start, base):
                 self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
-        self.model.peft_config[TRAINED].base_model_name_or_path = base.name
+        self.model.peft_config[TRAINED].base_model_name_or_path = hub_name(base.name)
         without_dropout(self.model)
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
@@ -135,7 +152,8 @@ class Policy:
         set_peft_model_state_dict(self.model, dict(state), adapter_name=name)
 
     def save_adapter(self, folder: Path, name: str = TRAINED, *, step: int | None = None) -> None:
-        """Writes adapter_config.json, adapter_model.safetensors (which says the `step` it is of) and the base's identity into an existing, private folder."""
+        """Writes adapter_config.json, adapter_model.safetensors (which says the `step` it is of), the base's identity and how to load it without iqlite into an
+        existing, private folder."""
         from safetensors.torch import save_file
 
         config = self.model.peft_config[name]
@@ -145,6 +163,7 @@ class Policy:
         metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
         save_file(self.state(name), folder / "adapter_model.safetensors", metadata)
         self.base.identity.write(folder)
+        (folder / "README.md").write_text(LOADING.format(base=hub_name(self.base.name)), "utf-8")
 
     def _add(self, name: str, config: Any, state: Mapping[str, Tensor]) -> None:
         self.model.add_adapter(name, config)
