@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from iqlite.method.objectives import OBJECTIVES
 from iqlite.recipe.prompts import load_prompts
 from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, load_recipe, parse_recipe
 from iqlite.run.rundir import locked
+from iqlite.scoring.measures import ABOUT, NAMES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEAST: dict[str, Any] = {"behavior": {"wanted": "Be kind.", "unwanted": "Be mean."}, "prompts": {"train": "p.jsonl"}}
@@ -140,11 +143,33 @@ def test_a_recipe_is_frozen_and_its_fields_have_one_sentence_each() -> None:
     with pytest.raises(Exception, match="frozen"):
         recipe.train.steps = 3  # type: ignore[misc]
     rows = keys()
-    assert all((what.endswith(".") and what[0].isupper()) or what.startswith(("nf4", "auto")) for _, _, what in rows)
+    settings = tuple(f"{name}{sign}" for name in (*ESTIMATORS, *OBJECTIVES) for sign in ",:")
+    assert all(row.what.endswith(".") and (row.what[0].isupper() or row.what.startswith(("nf4", "auto", *settings))) for row in rows)
+    assert len({row.key for row in rows}) == len(rows)
     tables = [field.annotation for field in Recipe.model_fields.values()]
     count = sum(len(t.model_fields) for t in tables if t is not None and issubclass(t, BaseModel))
     assert count <= 49  # 46 of training (two of them contrary prompts) and three of judging: each new one needs a user
-    assert {key for key, _, _ in rows} >= {f"behavior.mixture[].{n}" for n in Principle.model_fields} | {f"behavior.demonstrations[].{n}" for n in Demonstration.model_fields}  # fmt: skip
+    assert {row.key for row in rows} >= {f"behavior.mixture[].{n}" for n in Principle.model_fields} | {f"behavior.demonstrations[].{n}" for n in Demonstration.model_fields}  # fmt: skip
+
+
+def test_keys_are_listed_with_choices_and_settings_once(iqlite: Callable[..., tuple[int, str, str]]) -> None:
+    choices = {row.key: row.choices for row in keys() if row.choices}
+    assert choices["superior.estimator"] == tuple(ESTIMATORS) and choices["objective.name"] == tuple(OBJECTIVES)
+    assert set(choices["judge.measure"]) == set(NAMES) == set(ABOUT)
+    assert choices["behavior.placement"] == ("auto", "system", "user") and choices["prompts.*.label"] == ("refuse", "answer")
+    assert not {"model.base", "rollout.batch", "train.steps"} & set(choices)  # other values are possible too
+    code, out, _ = iqlite("recipe", "STRENGTH")
+    assert code == 0 and out.splitlines() == [
+        "superior.strength = 3.0",
+        "    contrastive, prompted, adapter, mixture: 1/β, how far beyond the base the target lies. By default 1.0 for prompted and adapter.",
+    ]
+    code, out, _ = iqlite("recipe", "measure")
+    assert "tone | shorter" in out and all(f"    {name}: {about}\n" in out for name, about in ABOUT.items())
+    rows = json.loads(iqlite("recipe", "train.s", "--json")[1])
+    assert [row["key"] for row in rows] == ["train.steps", "train.schedule", "train.seed"]
+    assert rows[1] == {"key": "train.schedule", "default": "cosine", "what": rows[1]["what"], "choices": ["cosine", "constant"]}
+    code, _, err = iqlite("recipe", "strenght")
+    assert code == 2 and "did you mean superior.strength?" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

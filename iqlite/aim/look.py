@@ -19,7 +19,8 @@ from iqlite.model.sampling import Sampler
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Prompts
 from iqlite.scoring.intervals import FEWEST, Array, Estimate, paired
-from iqlite.training.measuring import HARMLESS, by_kind, measured
+from iqlite.scoring.measures import HARMLESS
+from iqlite.training.measuring import by_kind, measured
 from iqlite.training.order import spread, spread_by_kind
 from iqlite.training.session import Session
 

@@ -22,8 +22,7 @@ from iqlite.model.sampling import Sampler
 from iqlite.recipe.schema import Behavior, Demonstration, Recipe
 from iqlite.records import Prompts
 from iqlite.scoring.intervals import Array, Estimate, paired
-from iqlite.scoring.measures import repetition, well_formed
-from iqlite.training.measuring import HARMLESS
+from iqlite.scoring.measures import HARMLESS, repetition, well_formed
 from iqlite.training.order import spread_by_kind
 from iqlite.training.session import Session
 

@@ -79,7 +79,7 @@ def compare(
     from iqlite.evaluation.compare import Question
     from iqlite.evaluation.compare import compare as run_comparison
     from iqlite.evaluation.judges import rubric_of
-    from iqlite.training.measuring import NAMES
+    from iqlite.scoring.measures import NAMES
 
     recipe = runs[0].recipe()
     wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
@@ -100,7 +100,7 @@ def _conclude(console: Console, found: Comparison, judging: Any, run: RunDir) ->
     """How the judge did, example answers, the verdict, and one line of means."""
     from iqlite.evaluation.figures import verdict
     from iqlite.evaluation.judges import ModelJudge
-    from iqlite.training.measuring import DESCRIBED, OWN_EYE
+    from iqlite.scoring.measures import DESCRIBED, OWN_EYE
 
     if isinstance(judging, ModelJudge):
         unread = f"{judging.malformed} verdicts couldn't be read and count as ties"
@@ -244,7 +244,7 @@ def _checkpoints(runs: Sequence[RunDir], *, judge: str | None, as_json: bool, co
 def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
     """The judge behind a name that isn't a code measure; RunError for one that there isn't."""
     from iqlite.evaluation.judges import Human, Kept, named
-    from iqlite.training.measuring import NAMES
+    from iqlite.scoring.measures import NAMES
 
     if name == "me":
         if not console.is_terminal:

@@ -73,7 +73,7 @@ def _probe(
     from iqlite.recipe.pairs import load_pairs
     from iqlite.recipe.wording import lint
     from iqlite.scoring.intervals import FEWEST
-    from iqlite.training.measuring import DESCRIBED, HARMLESS, OWN_EYE
+    from iqlite.scoring.measures import DESCRIBED, HARMLESS, OWN_EYE
     from iqlite.training.opening import open_session
     from iqlite.training.order import spread, spread_by_kind
 

@@ -35,8 +35,9 @@ from iqlite.records import Prompts
 from iqlite.run.findings import AIM, COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
 from iqlite.run.rundir import RunDir, check_adapter_of
 from iqlite.scoring.intervals import Array, elo, outcomes
+from iqlite.scoring.measures import HARMLESS, NAMES
 from iqlite.terminal import Watch
-from iqlite.training.measuring import HARMLESS, NAMES, by_kind, measured
+from iqlite.training.measuring import by_kind, measured
 from iqlite.training.opening import open_run, room_of
 from iqlite.training.order import spread_by_kind
 from iqlite.training.session import Session

@@ -74,6 +74,13 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "mixture": mixture,
 }
 
+SETTINGS = {
+    "strength": "1/β, how far beyond the base the target lies.",
+    "clip": "No token's log-ratio of wanted and unwanted counts more than this, nats.",
+    "plausibility": "Tokens less likely than this share of the base's likeliest keep their odds.",
+}
+"""What the settings mean, for `iqlite recipe`."""
+
 
 def _add(
     reference_nV: Tensor,

@@ -75,6 +75,13 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "forward-kl": forward_kl,
 }
 
+SETTINGS = {
+    "gamma": "How much of a later token's reward counts for an earlier one, 0 to 1.",
+    "centre": "Subtract the batch's mean from the advantages.",
+    "clip": "How far from 1 the ratio of new to old probability counts, as in PPO.",
+}
+"""What the settings mean, for `iqlite recipe`."""
+
 
 def advantages(reward_BT: Tensor, mask_BT: Tensor, *, gamma: float, centre: bool) -> Tensor:
     """Â_t = Σ_{k ≥ t} γ^{k−t} r_k within a response, then less its mean over the batch's response tokens if `centre`.

@@ -45,7 +45,19 @@ def compliance(answer: str) -> float:
 
 
 MEASURES: dict[str, Callable[[str], float]] = {"tone": tone, "shorter": shorter, "refusal": refusal, "compliance": compliance}
-"""Those that look at the answer alone; `measuring` adds harmless and described, which know what was asked."""
+"""Those that look at the answer alone; `training.measuring` adds harmless and described, which know what was asked."""
+
+HARMLESS, DESCRIBED = "harmless", "described"
+NAMES = (DESCRIBED, *MEASURES, HARMLESS)
+ABOUT = {
+    DESCRIBED: "which of the two descriptions the base's own readings say an answer fits; for any behaviour, but it is the target's own eye",
+    "tone": "cheerful words count for an answer and gloomy ones against it, -1 to 1; English only",
+    "shorter": "the fewer words the better; an empty answer isn't a short one",
+    "refusal": "1 for an answer that refuses, else 0",
+    "compliance": "1 for an answer that says something and doesn't refuse, else 0",
+    HARMLESS: "1 for refusing what should be refused and answering what should be answered, by the prompts' labels",
+}
+OWN_EYE = "described is the target's own eye: that a description means something else to this base than to you, it can't see. Read the answers, or add --judge me or a judging model to compare."
 
 
 _LEFTOVERS = re.compile(r"<\||\|>|\[/?INST\]|^(?:user|assistant|human|system)\s*:", re.IGNORECASE | re.MULTILINE)

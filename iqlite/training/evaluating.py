@@ -9,7 +9,8 @@ from typing import Protocol
 from iqlite.method.loss import TokenStatistics
 from iqlite.records import Prompts, Rollout, StepMetrics
 from iqlite.run.rundir import RunDir
-from iqlite.training.measuring import HARMLESS, by_kind, measured
+from iqlite.scoring.measures import HARMLESS
+from iqlite.training.measuring import by_kind, measured
 from iqlite.training.monitors import Monitors, Verdict
 from iqlite.training.order import spread
 from iqlite.training.session import Session

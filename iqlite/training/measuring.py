@@ -18,13 +18,10 @@ from iqlite.method.objectives import of_tokens
 from iqlite.recipe.pairs import answer_ids
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.scoring.intervals import Array
-from iqlite.scoring.measures import MEASURES, compliance, refusal
+from iqlite.scoring.measures import DESCRIBED, HARMLESS, MEASURES, compliance, refusal
 from iqlite.training.readings import Reading, read, readings
 from iqlite.training.session import Session
 
-HARMLESS, DESCRIBED = "harmless", "described"
-OWN_EYE = "described is the target's own eye: that a description means something else to this base than to you, it can't see. Read the answers, or add --judge me or a judging model to compare."
-NAMES = (DESCRIBED, *MEASURES, HARMLESS)
 LONGEST = 256  # tokens of an answer that are read for `described`; our choice
 TOGETHER = 16  # answers read at once
 

@@ -21,9 +21,10 @@ def keys_page() -> str:
     lines = [NOTE, "", "# Keys of a recipe", ""]
     lines += ["Every key with its default, as `iqlite recipe` prints them. [Recipes](recipes.md) explains the tables.", ""]
     tables: dict[str, list[str]] = {}
-    for key, default, what in keys():
-        table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append(f"| `{name}` | {_cell(default)} | {_escaped(what)} |")
+    for row in keys():
+        table, _, name = row.key.rpartition(".")
+        choices = f" One of {', '.join(f'`{choice}`' for choice in row.choices)}." if row.choices else ""
+        tables.setdefault(table, []).append(f"| `{name}` | {_cell(row.default)} | {_escaped(row.what)}{choices} |")
     for table, rows in tables.items():
         lines += [f"## {table}", "", "| key | default | what it does |", "| --- | --- | --- |", *rows, ""]
     return "\n".join(lines)
