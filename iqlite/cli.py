@@ -11,32 +11,22 @@ import typer
 
 from iqlite import __version__
 from iqlite.commands import bench, chat, compare, export, init, merge, plan, probe, recipe, train
-from iqlite.commands.options import Verb
+from iqlite.commands.options import Verb, Verbs
 from iqlite.errors import IqliteError
 
 app = typer.Typer(
     name="iqlite",
     help="Describe a behaviour in words, and iqlite trains it into the weights, on the GPU you already own.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=Verbs,
+    epilog="Tab completion in your shell: iqlite --install-completion",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-VERBS = (
-    train.train,
-    compare.compare,
-    init.init,
-    recipe.recipe,
-    plan.plan,
-    probe.probe,
-    bench.bench,
-    chat.chat,
-    merge.merge,
-    export.export,
-)
-for verb in VERBS:
-    app.command(cls=Verb)(verb)
+for module in (train, compare, init, recipe, plan, probe, bench, chat, merge, export):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, cls=Verb, epilog="\b\nExamples:\n  " + "\n  ".join(module.EXAMPLES))(getattr(module, name))
 
 
 def _version(value: bool) -> None:

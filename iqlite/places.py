@@ -11,6 +11,15 @@ RUNS = Path("runs")
 """Where runs go that nobody gives a place."""
 
 
+RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
+"""What a run directory holds from its first moment on."""
+
+
+def is_run(path: Path) -> bool:
+    """True if the folder is a run's: a user's own folder may hold a recipe.toml, but no environment beside it."""
+    return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
+
+
 def cache_folder() -> Path:
     """IQLITE_CACHE, else the platform's cache folder."""
     if "IQLITE_CACHE" in os.environ:

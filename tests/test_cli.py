@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 import safetensors.torch
 import tomli_w
 import torch
+import typer
 from safetensors import SafetensorError
 
+from iqlite.cli import app
 from iqlite.model.policy import Policy
 from tests.tiny import make_tokenizer, save_tiny
 
@@ -50,6 +53,32 @@ def test_help_recipes_and_misspelt_paths_import_no_torch() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_help_is_whole_sentences_and_ends_with_examples(
+    iqlite: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    group: Any = typer.main.get_command(app)
+    out = iqlite("--help")[1]
+    for name, command in group.commands.items():
+        first = command.help.partition("\n")[0]
+        assert f"  {name:<7}  {first}\n" in out and first.endswith(".")
+        lines = iqlite(name, "--help")[1].rstrip().splitlines()
+        at = lines.index("  Examples:")
+        assert 1 <= len(lines) - at - 1 <= 2 and max(map(len, lines)) <= 80
+        for line in lines[at + 1 :]:
+            assert line.startswith(f"    iqlite {name}")
+            command.make_context(name, shlex.split(line)[2:])  # UsageError for an option that there isn't
+    assert "--install-completion" in out and "--show-completion" not in out
+
+
+def test_the_shell_completes_verbs_and_options() -> None:
+    for typed, expected in (("iqlite tr", "train"), ("iqlite plan --ca", "--card")):
+        asked = {"_IQLITE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        code = "from iqlite.cli import app; app(prog_name='iqlite')"
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == [expected], done.stderr
 
 
 def test_help_names_the_verbs(iqlite: Callable[..., tuple[int, str, str]]) -> None:

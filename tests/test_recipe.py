@@ -12,10 +12,12 @@ import pytest
 import tomli_w
 from pydantic import BaseModel
 
+from iqlite.aim.writing import out_path
 from iqlite.commands.recipe import keys
 from iqlite.errors import RecipeError
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
+from iqlite.places import shipped_recipes
 from iqlite.recipe.prompts import load_prompts
 from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, load_recipe, parse_recipe
 from iqlite.run.rundir import locked
@@ -48,6 +50,33 @@ def test_shipped_recipes_load_and_say_what_they_need(path: Path) -> None:
         held_out = load_prompts(recipe.prompts.eval, beside=recipe.folder, key="prompts.eval")  # type: ignore[arg-type]
         assert len(train) >= 200 and len(held_out) == 64 and not train.notes and not held_out.notes
         assert not set(map(str, train.requests)) & set(map(str, held_out.requests))
+
+
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cheerful-135m", "cheerful-135m.toml", "recipes/cheerful-135m.toml", "elsewhere/cheerful-135m.toml"):
+        assert load_recipe(Path(name)).path == shipped_recipes() / "cheerful-135m.toml"
+    (tmp_path / "cheerful-135m.toml").write_text(tomli_w.dumps(LEAST), "utf-8")
+    assert load_recipe(Path("cheerful-135m.toml")).behavior.wanted == "Be kind."  # one's own goes first
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(LEAST), "utf-8")
+    for name, said in (
+        ("harmles-7b", "harmless-7b"),
+        ("mine", "mine.toml"),
+        ("runs/cheerful-135m", "cheerful-135m"),
+        ("harmless-7b.tml", "harmless-7b"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^{name}: no such recipe; did you mean {said}\?$"):
+            load_recipe(Path(name))
+    assert out_path(load_recipe(Path("harmless-7b")), None) == Path("harmless-7b-aimed.toml")  # not among the package's files
+
+
+def test_a_run_is_no_recipe_and_its_command_is_given(tmp_path: Path, iqlite: Callable[..., tuple[int, str, str]]) -> None:
+    run = tmp_path / "runs" / "kind"
+    run.mkdir(parents=True)
+    (run / "recipe.toml").write_text(tomli_w.dumps(LEAST), "utf-8")
+    (run / "environment.json").write_text("{}", "utf-8")
+    code, _, err = iqlite("train", "runs/kind")
+    assert code == 2 and err.endswith("iqlite train runs/kind/recipe.toml --out runs/kind --resume\n") and "is a run and no recipe" in err
 
 
 def test_the_shipped_set_is_the_promised_one() -> None:

@@ -60,9 +60,10 @@ def _labelled(recipe: Recipe) -> bool:
 
 
 def out_path(recipe: Recipe, out: Path | None) -> Path:
-    """Where the new recipe goes: `out`, or NAME-aimed.toml beside the old one; RecipeError if there is something already."""
+    """Where the new recipe goes: `out`, or NAME-aimed.toml beside the old one (here for one that comes with iqlite); RecipeError if there is something already."""
     if out is None:
-        return free_name(recipe.folder, f"{recipe.path.stem}-aimed", ".toml")
+        folder = Path() if recipe.folder == shipped_recipes() else recipe.folder
+        return free_name(folder, f"{recipe.path.stem}-aimed", ".toml")
     if out.exists():
         raise RecipeError(f"-o {out} exists already: name another file.")
     if out.suffix != ".toml":

@@ -18,14 +18,23 @@ from iqlite.terminal import duration, facts, table
 RECIPE = "cheerful-135m.toml"
 
 
+EXAMPLES = (
+    "iqlite bench",
+    "iqlite bench mine.toml --steps 5",
+)
+
+
 def bench(
     recipe_path: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe whose steps are timed; the demo's without it.")
+        Path | None, typer.Argument(metavar="RECIPE", help="A recipe whose steps are timed; the demo's without it.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after one warm-up.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine: tokens per second of each phase, and how long each recipe takes."""
+    """Measure how fast this machine is.
+
+    Tokens per second of each phase, and how long each recipe takes here.
+    """
     from iqlite.recipe.schema import load_recipe
 
     console = terminal(stderr=as_json)

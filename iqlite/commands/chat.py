@@ -13,16 +13,22 @@ import typer
 from iqlite.base.names import EMBEDDED, find_gguf
 from iqlite.commands.options import Json
 from iqlite.errors import RecipeError, RunError
-from iqlite.places import RUNS
+from iqlite.places import RUNS, is_run
 from iqlite.terminal import console as terminal
 
 if TYPE_CHECKING:
     from iqlite.recipe.schema import Recipe
 
 
+EXAMPLES = (
+    "iqlite chat runs/cheerful-135m",
+    'iqlite chat cheerful-135m --superior --prompt "How was your day?"',
+)
+
+
 def chat(
     target: Annotated[
-        str | None, typer.Argument(metavar="[RUN | RECIPE | MODEL]", help="A run, a recipe or a model; the newest run without it.")
+        str | None, typer.Argument(metavar="RUN | RECIPE | MODEL", help="A run, a recipe or a model; the newest run without it.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of another adapter of the same base.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the bare base.")] = False,
@@ -35,7 +41,10 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Talk to what was trained, to its base, or to the superior policy before any training."""
+    """Talk to what was trained, or to its base.
+
+    Or, with --superior, to what training aims at, before any training. /help lists what can be typed.
+    """
     console = terminal(stderr=as_json)
     if base and superior:
         raise RecipeError("--base and --superior are two voices: give one of them.")
@@ -87,8 +96,8 @@ def _aim(target: str | None, name: str) -> str:
 
 def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, Path | None, str | None, str]:
     """(recipe, adapter, placement, name) of a run, a recipe or a model; without a target, the newest run."""
-    from iqlite.recipe.schema import load_recipe
-    from iqlite.run.rundir import RunDir, check_adapter_of, is_run
+    from iqlite.recipe.schema import load_recipe, recipe_file
+    from iqlite.run.rundir import RunDir, check_adapter_of
 
     if target is None:
         runs = sorted((p for p in RUNS.glob("*") if is_run(p)), key=lambda p: p.stat().st_mtime)
@@ -99,7 +108,7 @@ def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, P
         folder = adapter or run_dir.trained()
         check_adapter_of(run_dir, folder)
         return run_dir.recipe(), folder, run_dir.environment()["placement"], target
-    if path.suffix == ".toml":
+    if recipe_file(path).suffix == ".toml":
         return load_recipe(path), adapter, None, target
     if path.is_file():
         find_gguf(target)  # one that is no model is reported before torch is imported

@@ -26,6 +26,12 @@ UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a war
 JUDGEMENTS = "judgements.jsonl"
 
 
+EXAMPLES = (
+    "iqlite compare runs/cheerful-135m",
+    "iqlite compare runs/mine runs/longer --with superior --judge me",
+)
+
+
 def compare(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories of one base, such as runs/cheerful-135m.")],
     others: Annotated[
@@ -41,7 +47,8 @@ def compare(
         typer.Option(help="Preference pairs for --with dpo. Without them, DPO prefers the prompted base's answers to its plain ones."),
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="tone, shorter, refusal, compliance (by default the recipe's own), me, reward:NAME, or URL#MODEL.")
+        str | None,
+        typer.Option(help="A measure (iqlite recipe measure lists them; the recipe's own without this), me, reward:NAME, or URL#MODEL."),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -64,7 +71,10 @@ def compare(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare base, prompted base and trained models on the same prompts: figures, win rates and Elo with intervals."""
+    """Compare base, prompted base and trained models.
+
+    All answer the same prompts from the same seeds: figures, win rates and Elo with intervals, and what is significant.
+    """
     from iqlite.run.rundir import RunDir
 
     runs = [RunDir.open(path) for path in paths]  # a fault in one is reported before torch is imported

@@ -19,6 +19,10 @@ from iqlite.terminal import console as terminal
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}  # a weight; the others take less than q8_0, through a float16 file
 ADAPTER_TYPES = ("f32", "f16")
+EXAMPLES = (
+    "iqlite export runs/cheerful-135m --to gguf -o cheerful.gguf --quant q8_0",
+    "iqlite export runs/cheerful-135m --to ollama -o cheerful",
+)
 
 
 class Format(StrEnum):
@@ -42,7 +46,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Export what was trained: for PEFT, transformers, llama.cpp, LM Studio or Ollama."""
+    """Export a run for PEFT, llama.cpp, LM Studio or Ollama."""
     from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
     from iqlite.export.checks import leaving
     from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model

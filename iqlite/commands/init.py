@@ -24,7 +24,7 @@ TEMPLATE = """\
 # Everything that isn't here has a default; `iqlite recipe` lists every key with what it does.
 
 [model]
-base = {base}                  # hub id, model folder, .gguf file, ollama:NAME:TAG, or the embedded smollm2-135m-instruct
+base = {base}                  # hub id, model folder, .gguf file, ollama:NAME:TAG, lmstudio:NAME, or the embedded smollm2-135m-instruct
 quantization = "nf4"           # nf4 keeps the base in 4 bits; none keeps it as it is
 
 [behavior]
@@ -79,6 +79,10 @@ WHY = {
     "harmless": "The descriptions are about harm, so that refusals count where they are right and answers where they are.",
     "described": "The base itself judges, by its own two readings: for any behaviour, but it is the target's own eye; read the answers too.",
 }
+EXAMPLES = (
+    'iqlite init kind --wanted "You are kind." --unwanted "You are unkind."',
+    'iqlite init kind --base ollama:llama3.2:1b --wanted "…" --unwanted "…"',
+)
 
 
 def derived(wanted: str, unwanted: str) -> str:
@@ -95,14 +99,17 @@ def init(
     name: Annotated[str, typer.Argument(help="Name of the new recipe; NAME.toml is written.")],
     wanted: Annotated[str, typer.Option(help="The wanted behaviour, in a sentence or two.")],
     unwanted: Annotated[str, typer.Option(help="The unwanted behaviour, alike in form and opposite in meaning.")],
-    base: Annotated[str, typer.Option(help="Hub id, model folder, .gguf file, ollama:NAME:TAG, or the embedded model.")] = EMBEDDED,
+    base: Annotated[
+        str, typer.Option(help="Hub id, model folder, .gguf file, ollama:NAME:TAG, lmstudio:NAME, or the embedded model.")
+    ] = EMBEDDED,
     measure: Annotated[
-        str | None, typer.Option(help="What answers are scored by; without it, what the descriptions are about (iqlite recipe lists them).")
+        str | None,
+        typer.Option(help="What answers are scored by; without it, what the descriptions are about (iqlite recipe measure lists them)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Longest answer in training, tokens.")] = 48,
     force: Force = False,
 ) -> None:
-    """Write a commented recipe with prompts beside it, ready to train."""
+    """Write a recipe with prompts beside it, ready to train."""
     from iqlite.recipe.schema import load_recipe
     from iqlite.recipe.wording import lint
 

@@ -18,6 +18,7 @@ from iqlite.terminal import console as terminal
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FAR = 0.05  # nats a token between adapter and merged model from which the user is warned; our choice
+EXAMPLES = ("iqlite merge runs/cheerful-135m -o cheerful",)
 
 
 class DType(StrEnum):
@@ -41,7 +42,10 @@ def merge(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Sum a run's adapter into its base: a model in Hugging Face format, written shard by shard."""
+    """Sum a run's adapter into its base, as a whole model.
+
+    Written shard by shard in Hugging Face format, for programs that know neither iqlite nor PEFT.
+    """
     from iqlite.export.card import MANIFEST, manifest, warnings, write_about
     from iqlite.export.checks import leaving
     from iqlite.run.files import check_space, explained, replace_with

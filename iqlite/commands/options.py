@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from iqlite.errors import PromptsError
 
@@ -39,6 +39,18 @@ def there(**files: Path | None) -> None:
     for option, path in files.items():
         if path is not None and not path.is_file():
             raise PromptsError(f"--{option.replace('_', '-')} {path}: no such file; a path is relative to the folder you are in.")
+
+
+class Verbs(TyperGroup):
+    """The group of verbs, whose help names completion in a line and not by two options."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """typer's, with those of completion hidden."""
+        found = super().get_params(ctx)
+        for parameter in found:
+            if parameter.name in ("install_completion", "show_completion"):
+                parameter.hidden = True  # type: ignore[attr-defined]
+        return found
 
 
 class Verb(TyperCommand):

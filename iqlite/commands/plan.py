@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 SIZES_GB = (6, 8, 10, 12, 16, 24)
 FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; ours
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
+EXAMPLES = (
+    'iqlite plan harmless-7b --card "RTX 4070"',
+    "iqlite plan --all",
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Device(StrEnum):
 
 def plan(
     recipe_path: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe; with --all, a folder of recipes (the shipped ones by default).")
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="A recipe or its name; with --all, a folder of recipes (the shipped ones by default)."),
     ] = None,
     overrides: Set = None,
     vram: Annotated[str | None, typer.Option(help="Free memory of the GPU to plan for, such as 8GB.")] = None,
@@ -59,7 +64,10 @@ def plan(
     everything: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell whether a recipe fits, what takes the memory, and how long it takes: nothing is downloaded but a few kB."""
+    """Tell whether a recipe fits, and how long it takes.
+
+    Also what takes the memory, and what to change if it doesn't fit. Nothing is downloaded but a few kB.
+    """
     from iqlite.machine.fit import advice, choose, given_widths
     from iqlite.machine.memory import GIB, Work
     from iqlite.machine.timing import seconds_of_step, steps_of, typical_prompt
@@ -72,7 +80,7 @@ def plan(
         _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
         return
     if recipe_path is None:
-        raise RecipeError("name a recipe, such as: iqlite plan recipes/harmless-7b.toml; or all shipped ones: iqlite plan --all")
+        raise RecipeError("name a recipe, such as: iqlite plan harmless-7b; or all shipped ones: iqlite plan --all")
     recipe = load_recipe(recipe_path, overrides)
     machine = _machine(vram, card, device)
     shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)

@@ -32,8 +32,14 @@ VERDICTS = "judgements.jsonl"
 LONGEST = 256  # tokens of an answer of a pair that are read
 
 
+EXAMPLES = (
+    "iqlite probe cheerful-135m",
+    "iqlite probe mine.toml --improve --minutes 20",
+)
+
+
 def probe(
-    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe or its name.")],
     overrides: Set = None,
     count: Annotated[int, typer.Option(min=2, help="How many held-out prompts are answered.")] = 16,
     strengths: Annotated[list[float] | None, typer.Option("--strength", help="A strength to try; can be given several times.")] = None,
@@ -46,7 +52,10 @@ def probe(
     judge: Annotated[str | None, typer.Option(help="With --improve: reward:NAME or URL#MODEL instead of the recipe's measure.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Before training: does the description move this base, where, at which strength? --improve turns its aim."""
+    """See before training whether a description moves the base.
+
+    Where it is best placed, and at which strength; --improve tries other wordings and demonstrations.
+    """
     from iqlite.recipe.schema import load_recipe
 
     read = load_recipe(recipe, overrides or [])  # a fault in it is reported before torch is imported

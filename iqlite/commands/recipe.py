@@ -19,6 +19,10 @@ from iqlite.terminal import console as terminal
 
 MEASURE = "judge.measure"
 INDENT = "    "
+EXAMPLES = (
+    "iqlite recipe strength",
+    "iqlite recipe measure",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Key:
 
 
 def recipe(
-    part: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only keys with this in their name, such as strength.")] = "",
+    part: Annotated[str, typer.Argument(metavar="FILTER", help="Only keys with this in their name, such as strength.")] = "",
     as_json: Json = False,
 ) -> None:
     """List the keys of a recipe: defaults, choices, meaning."""

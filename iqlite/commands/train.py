@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
+EXAMPLES = (
+    "iqlite train cheerful-135m",
+    "iqlite train mine.toml --set train.steps=40 --out runs/longer",
+)
+
+
 def train(
-    recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/cheerful-135m.toml.")],
+    recipe_path: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe, or the name of one that comes with iqlite, such as cheerful-135m.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME, numbered if that exists.")] = None,
     overrides: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from iqlite.errors import RecipeError
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
+from iqlite.places import RECIPE, is_run, shipped_recipes
 from iqlite.recipe.faults import explain, nearest
 
 Placement = Literal["auto", "system", "user"]
@@ -278,16 +280,29 @@ class Recipe(Table):
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and validates a recipe; `overrides` are `table.key=value` with a TOML value. RecipeError names file, key, value and fix."""
+    path = recipe_file(path)
     return parse_recipe(recipe_data(path, overrides), path)
+
+
+def recipe_file(path: Path) -> Path:
+    """The file that a path means: what is there, else the shipped recipe of that name (`cheerful-135m`, `recipes/cheerful-135m.toml`)."""
+    shipped = shipped_recipes() / f"{path.name.removesuffix('.toml')}.toml"
+    named = path.suffix == ".toml" or len(path.parts) == 1
+    return shipped if named and shipped.is_file() and not path.exists() else path
 
 
 def recipe_data(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a recipe's file says, with the overrides, not validated yet."""
     try:
         data = tomllib.loads(path.read_text("utf-8-sig"))
-    except (FileNotFoundError, IsADirectoryError):
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1) if path.parent.is_dir() else []
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; write one with: iqlite init NAME --wanted … --unwanted …"
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        if is_run(path):
+            again = shlex.join(["iqlite", "train", str(path / RECIPE), "--out", str(path), "--resume"])
+            raise RecipeError(f"{path} is a run and no recipe; its training goes on with: {again}") from None
+        known = {p.name: str(p) for p in path.parent.glob("*.toml")}
+        known |= {p.stem: p.stem for p in shipped_recipes().glob("*.toml") if p.name not in known}
+        near = difflib.get_close_matches(path.name, known, 1)
+        hint = f"; did you mean {known[near[0]]}?" if near else "; write one with: iqlite init NAME --wanted … --unwanted …"
         raise RecipeError(f"{path}: no such recipe{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path} can't be read ({error.strerror}); check the file's rights.") from None

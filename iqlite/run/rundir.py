@@ -18,6 +18,7 @@ import tomli_w
 from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError
+from iqlite.places import ENVIRONMENT, RECIPE, is_run
 from iqlite.recipe.schema import Recipe, load_recipe, to_data
 from iqlite.run.files import explained, json_numbers
 from iqlite.run.journal import Journal
@@ -25,7 +26,7 @@ from iqlite.run.journal import Journal
 if TYPE_CHECKING:
     pass
 
-RECIPE, ENVIRONMENT, RESULT = "recipe.toml", "environment.json", "result.json"
+RESULT = "result.json"
 
 
 class RunDir(Journal):
@@ -138,11 +139,6 @@ class RunDir(Journal):
     def copy_best(self, folder: Path) -> None:
         """Fills a folder with the best adapter."""
         shutil.copytree(self.best, folder, dirs_exist_ok=True)
-
-
-def is_run(path: Path) -> bool:
-    """True if the folder is a run's: a user's own folder may hold a recipe.toml, but no environment beside it."""
-    return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
 
 
 def check_adapter_of(run: RunDir, adapter: Path) -> None:
