@@ -294,13 +294,13 @@ def test_a_whole_run_through_the_command_line(
     assert code == 2 and "isn't a run directory" in err
     code, out, _ = iqlite("compare", "runs/recipe", "--seeds", "2")
     last = out.strip().splitlines()[-1]
-    assert code == 0 and [part.split("=")[0] for part in last.split()] == ["described", "base", "told", "trained"]
+    assert code == 0 and [part.split("=")[0] for part in last.split()] == ["described", "base", "prompted", "trained"]
     code, out, _ = iqlite("compare", "runs/recipe", "--json", "--seeds", "3", "--count", "3")
     result = json.loads(out)
     assert result["prompts"] == 3 and [m["name"] for m in result["measures"]] == [
         "base",
-        "told (system turn)",
-        "told (user turn)",
+        "prompted (system turn)",
+        "prompted (user turn)",
         "trained",
     ]
     assert json.loads((tmp_path / "runs/recipe/compare.json").read_text()) == result

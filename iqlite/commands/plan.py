@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from iqlite.recipe.schema import Recipe
 
 SIZES_GB = (6, 8, 10, 12, 16, 24)
-FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; ours
+FREE_OF_A_CARD = 0.95  # of its size, what driver and desktop usually leave free; our choice
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
 EXAMPLES = (
     'iqlite plan harmless-7b --card "RTX 4070"',

@@ -20,9 +20,9 @@ from iqlite.places import cache_folder
 from iqlite.recipe.schema import Recipe
 
 BENCH_FILE = "bench.json"
-REACHED = {"decode": 0.5, "read": 0.4, "update": 0.35}  # shares of a data sheet's figures that libraries reach; ours, not measured
+REACHED = {"decode": 0.5, "read": 0.4, "update": 0.35}  # shares of a data sheet's figures that libraries reach; our choice, not measured
 DEQUANTISED = 0.5 + 2 * 2  # bytes a weight and pass: 4 bits read, 16 bits written and read again
-TYPICAL_PROMPT = 128  # tokens, where the prompts aren't at hand to be looked at; ours
+TYPICAL_PROMPT = 128  # tokens, where the prompts aren't at hand to be looked at; our choice
 
 
 @dataclass(frozen=True)
