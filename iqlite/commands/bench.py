@@ -16,6 +16,7 @@ from iqlite.terminal import console as terminal
 from iqlite.terminal import duration, facts, table
 
 RECIPE = "cheerful-135m.toml"
+LONGEST = 1000 * 3600  # seconds
 
 
 EXAMPLES = (
@@ -81,7 +82,14 @@ def bench(
         return
     phases = [[name, f"{timed[name]:.2f}", f"{timed['tokens'] / timed[name]:.1f}"] for name in PHASES]
     console.print(table(f"{found['base']} on {found['machine']}", ("phase", "seconds", "response tokens/s"), phases))
-    shown = [[row["recipe"], duration(row["step_seconds"]), duration(row["seconds"]) if row["seconds"] else "?"] for row in minutes]
+    shown = [[row["recipe"], duration(row["step_seconds"]), _whole(row["seconds"])] for row in minutes]
     console.print(table("about how long recipes take here", ("recipe", "a step", "all steps"), shown))
     share = f"{rates.decode / 1e9:.1f} GB/s, {100 * found['bandwidth_share']:.0f} % of the {stream / 1e9:.1f} GB/s that memory gives"
     facts(console, {"peak": f"{found['peak_gib']:.2f} GiB", "decoding reads": share, "written": f"{file} (iqlite plan uses it)"})
+
+
+def _whole(seconds: float | None) -> str:
+    """How long all steps take; what nobody would wait for isn't told in hours."""
+    if not seconds:
+        return "?"
+    return duration(seconds) if seconds <= LONGEST else "not on this machine"

@@ -18,8 +18,8 @@ from iqlite.base.names import shape_of
 from iqlite.commands.options import Json, Set
 from iqlite.errors import RecipeError
 from iqlite.places import shipped_recipes
+from iqlite.terminal import clean, duration, facts, table
 from iqlite.terminal import console as terminal
-from iqlite.terminal import duration, facts, table
 
 if TYPE_CHECKING:
     from iqlite.machine.memory import Plan, Work
@@ -59,7 +59,7 @@ def plan(
     ] = None,
     overrides: Set = None,
     vram: Annotated[str | None, typer.Option(help="Free memory of the GPU to plan for, such as 8GB.")] = None,
-    card: Annotated[str | None, typer.Option(help='A card by its name, such as "RTX 4070".')] = None,
+    card: Annotated[str | None, typer.Option(help="A card by its name or a part of it, such as 4070.")] = None,
     kind: Annotated[Device | None, typer.Option("--device", help="Plan for this machine's CPU or card.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
     as_json: Json = False,
@@ -101,11 +101,11 @@ def plan(
         }  # fmt: skip
         print(json.dumps(found))
         raise typer.Exit(0 if fits else 1)
+    verdict = f"{made.peak / GIB:.2f} GiB at its peak, in the {made.sets_the_peak}, of {machine.free / GIB:.1f} GiB free: {machine.name}"
+    console.print(f"[green]fits[/]: {clean(verdict)}" if fits else f"[bold yellow]doesn't fit[/]: {clean(verdict)}")
     console.print(_terms(recipe, made))
     told = {
         "base": f"{recipe.model.base}, {shape.parameters / 1e9:.2f} G weights ({recipe.model.quantization})",
-        "machine": f"{machine.name}, {machine.free / GIB:.1f} GiB free",
-        "peak": f"{made.peak / GIB:.2f} GiB, in the {made.sets_the_peak}: " + ("fits" if fits else "doesn't fit"),
         "at once": _widths(made, work),
         "lengths": f"prompts up to {work.prompt_tokens} tokens, answers up to {work.new_tokens}",
     }

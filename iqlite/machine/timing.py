@@ -6,6 +6,7 @@ Decoding is bound by what each token reads of memory, reading and updating by ar
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,10 @@ from iqlite.recipe.schema import Recipe
 BENCH_FILE = "bench.json"
 REACHED = {"decode": 0.5, "read": 0.4, "update": 0.35}  # shares of a data sheet's figures that libraries reach; our choice, not measured
 DEQUANTISED = 0.5 + 2 * 2  # bytes a weight and pass: 4 bits read, 16 bits written and read again
+KINDS = frozenset(
+    ["ti", "super", "laptop", "mobile", "max", "q", "d"]
+)  # cards of one number that differ in these differ in speed and memory
+OTHER_MAKERS = re.compile(r"\b(?:apple|m[1-9]|amd|radeon|rx|instinct|mi\d+x?|intel|arc|a[357][1-9]0|b5[78]0)\b", re.IGNORECASE)
 TYPICAL_PROMPT = 128  # tokens, where the prompts aren't at hand to be looked at; our choice
 
 
@@ -77,17 +82,40 @@ def cards() -> Mapping[str, Mapping[str, Any]]:
 
 
 def card_named(name: str) -> str:
-    """The card that a name means, whatever its case and maker's prefix; RecipeError names near ones."""
+    """The card that a name means, whatever its case and maker's prefix, or a part of it such as 3060; RecipeError names what it could be.
+
+    A name that says Ti, Super, Laptop or a size means no card of another kind or size: these differ in memory and speed.
+    """
     import difflib
 
-    plain = {key.lower(): key for key in cards()}
-    asked = name.lower().replace(" gb", "gb").replace("laptop gpu", "laptop")
-    words = set(asked.replace("-", " ").split()) - {"nvidia", "geforce", "tesla"}
-    within = [key for key in plain if set(key.split()) <= words]
-    if within:
-        return plain[max(within, key=len)]
-    near = difflib.get_close_matches(asked, plain, 3, 0.5) or list(plain)[:3]
-    raise RecipeError(f"--card {name!r} isn't a card in the list; did you mean {', '.join(plain[n] for n in near)}? Or give --vram 8GB.")
+    asked, kind, size = _words_of(name)
+    if OTHER_MAKERS.search(name):
+        raise RecipeError(
+            f"--card {name!r} isn't NVIDIA's, and rates of other makers' cards aren't known: leave it out, and give --vram 16GB."
+        )
+    found = []
+    for key, card in cards().items():
+        words, its_kind, _ = _words_of(key)
+        part = asked <= words and any(word[-1].isdigit() for word in asked)
+        if (words <= asked or part) and kind == its_kind and size in (None, card["memory_gb"]):
+            found.append(key)
+    plain = [key for key in found if _words_of(key)[2] is None]  # RTX 3080 is the one that isn't called 12GB
+    if len(found) == 1 or len(plain) == 1:
+        return (plain or found)[0]
+    if found:
+        raise RecipeError(f"--card {name!r} could be {' or '.join(found)}: name one of them.")
+    by_name = {key.lower(): key for key in cards()}
+    near = [by_name[key] for key in difflib.get_close_matches(re.sub(r"nvidia|geforce", "", name.lower()).strip(), by_name, 3, 0.6)]
+    hint = f"did you mean {', '.join(near)}? Or give" if near else "give"
+    raise RecipeError(f"--card {name!r} isn't a card in the list; {hint} --vram 8GB.")
+
+
+def _words_of(name: str) -> tuple[set[str], set[str], int | None]:
+    """(words that name a card, words of its kind, its gigabytes if it says them)."""
+    plain = re.sub(r"(\d+)\s*(?:gb|gib)\b", r"\1gb", name.lower())
+    words = set(re.split(r"[\s\-_/()]+", plain)) - {"", "nvidia", "geforce", "tesla", "gpu"}
+    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)}
+    return words - KINDS - sizes, words & KINDS, int(next(iter(sizes)).removesuffix("gb")) if sizes else None
 
 
 def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int) -> dict[str, float]:
