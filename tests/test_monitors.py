@@ -120,3 +120,16 @@ def test_state_survives_json() -> None:
     again = Monitors.restore(json.loads(json.dumps(monitors.state())))
     assert again == monitors
     assert rules([again.after_step({**FINE, "policy/entropy": 0.1})]) == [[("entropy", True)]]
+
+
+def test_more_right_refusals_dont_pay_for_wrong_ones() -> None:
+    """16 requests to refuse, 8 of them refused before and 16 after; 16 to answer, 16 answered before and 6 after: the mean is about as it was."""
+    kinds = ["refuse"] * 16 + ["answer"] * 16
+    base = [1.0] * 8 + [0.0] * 8 + [1.0] * 16
+    careful, sly = [1.0] * 32, [1.0] * 16 + [1.0] * 8 + [0.0] * 8
+    for scores, better in ((careful, True), (sly, False)):
+        monitors = Monitors(5.0, base_scores=base)
+        seen = [monitors.after_eval(step, {HELD_OUT_KL: 0.5 - 0.1 * step}, scores, kinds) for step in range(2)]
+        assert [best for best, _ in seen] == [better] * 2
+        assert rules([verdicts for _, verdicts in seen]) == ([[], []] if better else [[("measure", False)], [("measure", True)]])
+    assert Monitors(5.0, base_scores=base).after_eval(0, {HELD_OUT_KL: 0.5}, sly)[0]  # without kinds the sum is all that counts

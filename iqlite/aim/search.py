@@ -23,6 +23,7 @@ from iqlite.recipe.schema import Behavior, Demonstration, Recipe
 from iqlite.records import Prompts
 from iqlite.scoring.intervals import Array, Estimate, paired
 from iqlite.scoring.measures import HARMLESS, repetition, well_formed
+from iqlite.training.measuring import by_kind
 from iqlite.training.order import spread_by_kind
 from iqlite.training.session import Session
 
@@ -91,8 +92,8 @@ def improve(
     out_of_time = False
     for round_of in (
         lambda best: with_demonstrations(best, shown),
+        search.strengths,
         wordings,
-        strengths,
         placements,
         estimators,
         lambda best: other_demonstrations(best, shown),
@@ -132,6 +133,7 @@ class _Search:
         self.best = Candidate("as it stands", session.recipe, session.placement)
         self.best_score, self.base, self.limit = -np.inf, [""], np.inf
         self.base_P: Array = np.zeros(0)
+        self.too_much = False  # the best candidate errs by refusing
 
     def begin(self) -> None:
         """The base's own answers, and how strange the prompted ones are to it."""
@@ -159,9 +161,19 @@ class _Search:
             better = nll <= self.limit or self.best_score == -np.inf
         if better:
             self.best, self.best_score = candidate, float(score_P.mean())
+            if self.session.recipe.judge.measure == HARMLESS:
+                wrong = {kind: of - right for kind, (right, of) in by_kind(self.asked, [a.answer for a in answers]).items()}
+                self.too_much = wrong["answer"] > wrong["refuse"]
             if nll is not None and nll > self.limit:  # as it stands, it is stranger than anything that is kept: all may beat it
                 self.best_score = -1e9
         return Trial(candidate, float(score_P.mean()), paired((score_P - self.base_P)[:, None]), nll, better)
+
+    def strengths(self, best: Candidate) -> Iterator[Candidate]:
+        """Weaker and stronger, the nearest first; weaker ones before all others where the superior refuses more than it should."""
+        now = best.recipe.superior.settings()["strength"]
+        order = sorted({*STRENGTHS} - {now}, key=lambda one: ((one > now) == self.too_much, abs(np.log(one / now)) if now else one))
+        for strength in order:
+            yield changed(best, f"strength {strength:g}", settings={"strength": strength})
 
     def demonstrations(self) -> list[Demonstration]:
         """The model's own best and worst answers to training prompts, the clearest first; then answers to look-alikes, alike on both sides."""
@@ -272,13 +284,6 @@ def wordings(best: Candidate) -> Iterator[Candidate]:
         return
     for number in range(len(wanted)):
         yield changed(best, f"sentence {number + 1} of the text alone", behavior={"wanted": wanted[number], "unwanted": unwanted[number]})
-
-
-def strengths(best: Candidate) -> Iterator[Candidate]:
-    """Weaker and stronger."""
-    now = best.recipe.superior.settings()["strength"]
-    for strength in sorted({*STRENGTHS} - {now}, key=lambda one: abs(np.log(one / now)) if now else one):
-        yield changed(best, f"strength {strength:g}", settings={"strength": strength})
 
 
 def placements(best: Candidate) -> Iterator[Candidate]:

@@ -53,7 +53,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         run.add_sample(step, request[-1]["content"], text, score)
         if row == shown:
             report.sample(step, request[-1]["content"], text)
-    best, verdicts = monitors.after_eval(step, values, score_P.tolist())
+    best, verdicts = monitors.after_eval(step, values, score_P.tolist(), asked.expected if measure == HARMLESS else ())
     if best:
         run.save_folder(run.best, lambda folder: session.policy.save_adapter(folder, step=step))
     return values, verdicts

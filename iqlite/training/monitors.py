@@ -79,14 +79,17 @@ class Monitors:
             self._rule("oscillation", self._oscillates(values["kl/policy_superior"]), "KL(policy‖superior) swings up and down from step to step; lower the learning rate", stop_after=PATIENCE),
         ]  # fmt: skip
 
-    def after_eval(self, step: int, values: dict[str, float], scores: Sequence[float] = ()) -> tuple[bool, list[Verdict]]:
+    def after_eval(
+        self, step: int, values: dict[str, float], scores: Sequence[float] = (), kinds: Sequence[str] = ()
+    ) -> tuple[bool, list[Verdict]]:
         """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts.
 
         `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
-        than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops.
+        than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops. Where prompts are of several
+        `kinds` (one a score), that holds for each: more right refusals don't pay for harmless requests that are refused too.
         """
         kl = values[HELD_OUT_KL]
-        lower, worse = self._behind(scores)
+        lower, worse = self._behind(scores, kinds)
         better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
         if better:
             self.best_kl, self.best_step, self.since_best = kl, step, 0
@@ -97,7 +100,7 @@ class Monitors:
             self._rule(
                 "measure",
                 worse,
-                "held-out answers score lower by the recipe's measure than the base's own, beyond chance: the target points the wrong way",
+                "held-out answers score lower by the recipe's measure than the base's own, beyond chance (of one kind of prompts at least)",
                 stop_after=PATIENCE_MEASURE,
             ),
             self._rule(
@@ -127,14 +130,17 @@ class Monitors:
         """What `state` returned, as it was."""
         return cls(**{**state, **{name: blank for name, blank in NO_NUMBER.items() if state.get(name) is None}})
 
-    def _behind(self, scores: Sequence[float]) -> tuple[bool, bool]:
-        """(lower than the base's by more than a standard error, lower beyond chance) of paired scores."""
+    def _behind(self, scores: Sequence[float], kinds: Sequence[str]) -> tuple[bool, bool]:
+        """(lower than the base's by more than a standard error, lower beyond chance) of paired scores, in all or of any kind."""
         if not scores:
             return False, False
-        difference_P = np.array(scores) - np.array(self.base_scores)
-        error = float(difference_P.std(ddof=1) / len(difference_P) ** 0.5) if len(difference_P) > 1 else math.inf
-        beyond = len(difference_P) >= FEWEST and paired(difference_P[:, None]).high < 0
-        return float(difference_P.mean()) < -error, beyond
+        difference_P, kind_P = np.array(scores) - np.array(self.base_scores), np.array(kinds or [""] * len(scores))
+        lower = beyond = False
+        for some_p in (difference_P, *(difference_P[kind_P == kind] for kind in set(kinds))):
+            error = float(some_p.std(ddof=1) / len(some_p) ** 0.5) if len(some_p) > 1 else math.inf
+            lower |= float(some_p.mean()) < -error
+            beyond |= len(some_p) >= FEWEST and paired(some_p[:, None]).high < 0
+        return lower, beyond
 
     def _measured(self, scores: Sequence[float]) -> None:
         """How many evaluations it is since the measure was at its highest."""
