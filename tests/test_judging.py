@@ -185,6 +185,25 @@ def test_faults_are_waited_out_and_nonsense_is_a_tie(front: Front, tmp_path: Pat
     assert again.prefers(REQUEST, "one", "two") == 1.0 and again.asked == 0
 
 
+def test_names_and_dead_judges_are_refused_before_torch_is_imported(
+    iqlite: Callable[..., Any], make_run: Callable[..., RunDir], front: Front
+) -> None:
+    run, heavy = make_run(), ("torch", "transformers", "peft", "datasets")
+    for options, said in (
+        (["--with", "superior,foo"], "--with 'foo' isn't one of"),
+        (["--judge", "nicer"], "--judge 'nicer' isn't one of described, tone"),
+        (["--judge", "http://127.0.0.1:9/v1#m"], "http://127.0.0.1:9/v1 can't be reached: start it"),
+    ):
+        code = (
+            f"import sys; sys.argv = ['iqlite', 'compare', {str(run.path)!r}, *{options!r}]\nfrom iqlite.cli import main\ntry: main()\n"
+            f"except SystemExit as e: print(e.code, sorted(set({heavy!r}) & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.stdout == "2 []\n" and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    named(f"{front.url}#m", "", run.path / "kept.jsonl")
+    assert not front.seen  # one that is there is asked nothing yet
+
+
 def test_a_server_that_isnt_there_is_one_sentence(
     iqlite: Callable[..., Any], make_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:

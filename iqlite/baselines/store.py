@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from iqlite.baselines.methods import TRL, check_names
 from iqlite.baselines.ppo import train_ppo
-from iqlite.baselines.trl_trainers import ROWS, TRAINER, TRL, check_trl, per_step, train_by_trl
+from iqlite.baselines.trl_trainers import ROWS, TRAINER, check_trl, per_step, train_by_trl
 from iqlite.errors import RunError
 from iqlite.machine.sizes import within_memory
 from iqlite.recipe.pairs import load_pairs
@@ -21,8 +22,6 @@ from iqlite.run.rundir import RunDir
 from iqlite.terminal import duration
 from iqlite.training.opening import open_session
 
-BASELINES = (*TRL, "ppo")
-METHODS = ("prompting", "superior", *BASELINES)
 RECORD = "baseline.json"
 
 
@@ -33,11 +32,7 @@ def shown(method: str, pairs: str | None) -> str:
 
 def check_methods(names: Sequence[str], recipe: Recipe, pairs: Path | None = None) -> None:
     """RunError for a method that there isn't or that can't be had here or for this recipe; PromptsError for pairs that can't be read."""
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise RunError(
-            f"--with {unknown[0]!r} isn't one of {', '.join(METHODS)}: give names with commas between, such as --with superior,dpo."
-        )
+    check_names(names)
     if by_trl := [name for name in names if name in TRL]:
         check_trl()
         if recipe.adapter.start is not None:

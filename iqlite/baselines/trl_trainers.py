@@ -29,7 +29,6 @@ from iqlite.training.optimizer import BETAS, learning_rate
 from iqlite.training.order import prompts_of_step
 from iqlite.training.session import Session
 
-TRL = ("sft", "dpo", "sdft")
 ROWS, TRAINER = "rows.jsonl", "trainer"  # while a baseline isn't finished: what is sampled beforehand, and TRL's own checkpoints
 DPO_BETA = 0.1  # TRL's and the paper's default (arXiv 2305.18290)
 DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-level objectives; our choice

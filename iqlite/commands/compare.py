@@ -86,15 +86,19 @@ def compare(
         _checkpoints(runs, judge=judge, as_json=as_json, console=console)
         return
 
-    from iqlite.evaluation.compare import Question
-    from iqlite.evaluation.compare import compare as run_comparison
+    from iqlite.baselines.methods import check_names
     from iqlite.evaluation.judges import rubric_of
     from iqlite.scoring.measures import NAMES
 
+    names = tuple(name.strip() for name in others.split(",") if name.strip())
+    check_names(names)
     recipe = runs[0].recipe()
     wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
     judging = _judge(judge, rubric_of(recipe.judge.rubric, wanted), runs[0], console) if judge and judge not in NAMES else None
-    names = tuple(name.strip() for name in others.split(",") if name.strip())
+
+    from iqlite.evaluation.compare import Question
+    from iqlite.evaluation.compare import compare as run_comparison
+
     question = Question(prompts, count, seeds, temperature, top_p, which, names, pairs, safety or safety_set is not None, safety_set)
     found = run_comparison(runs, question, judge, judging, Watch(console))
     if as_json:

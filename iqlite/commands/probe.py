@@ -65,6 +65,10 @@ def probe(
     if improve and (pairs or strengths):
         raise RecipeError("--improve chooses strengths itself and takes no --pairs: leave --strength and --pairs out.")
     console = terminal(stderr=as_json)
+    from iqlite.evaluation.judges import PREFIXES, REWARD
+
+    if judge and not judge.startswith((REWARD, *PREFIXES)):
+        raise RunError(f"--judge {judge!r} isn't one that --improve can ask: give reward:NAME or URL#MODEL.")
     if improve:
         _improve(read, overrides or [], out=out, minutes=minutes, judge=judge, as_json=as_json, console=console)
     else:
@@ -188,8 +192,6 @@ def _improve(
     path = out_path(recipe, out)
     recipe, added = two_sided(recipe)
     judging = named(judge, rubric_of(recipe.judge.rubric, [recipe.behavior.wanted or ""]), cache_folder() / VERDICTS) if judge else None
-    if judge and judging is None:
-        raise RunError(f"--judge {judge!r} isn't one that --improve can ask: give reward:NAME or URL#MODEL.")
     with within_memory(recipe, "with --set, and probe again"):
         session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
         for note in (*session.notes, *([f"added: {added}."] if added else [])):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from iqlite.baselines.store import BASELINES, METHODS, baseline, check_methods, shown
+from iqlite.baselines.methods import BASELINES, METHODS
+from iqlite.baselines.store import baseline, check_methods, shown
 from iqlite.chat.superior import check_heard
 from iqlite.errors import PromptsError, RunError
 from iqlite.evaluation.answers import Answerer, collect, prompted_answerers

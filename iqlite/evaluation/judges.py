@@ -16,11 +16,12 @@ from typing import Any, Protocol
 
 from pydantic import HttpUrl
 
+from iqlite.base.hub import somebody_answers
 from iqlite.errors import RunError
 from iqlite.records import Messages
 from iqlite.run.files import explained
 
-PREFIXES = ("http://", "https://")
+REWARD, PREFIXES = "reward:", ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"
 TRIES, TIMEOUT_S = 4, 120.0
 TOKENS, THINKING = 8, 2048  # of a reply, and of one that thinks first
@@ -294,14 +295,17 @@ def rubric_of(rubric: str, wanted: Sequence[str]) -> str:
 
 
 def named(judge: str, rubric: str, kept: Path) -> Any | None:
-    """The judge behind `reward:NAME` or `URL#MODEL`; None for another name."""
-    if judge.startswith("reward:"):
-        return RewardModel(judge.removeprefix("reward:"))
+    """The judge behind `reward:NAME` or `URL#MODEL`; None for another name. RunError at once for a server that isn't there."""
+    if judge.startswith(REWARD):
+        return RewardModel(judge.removeprefix(REWARD))
     if judge.startswith(PREFIXES):
         url, _, model = judge.partition("#")
         if not model:
             raise RunError(
                 f"--judge {without_password(judge)} names no model: write URL#MODEL, such as http://localhost:11434/v1#qwen2.5:7b."
             )
-        return ModelJudge(url, model, rubric, Kept(kept))
+        found = ModelJudge(url, model, rubric, Kept(kept))
+        if not somebody_answers(url):  # before anything is generated
+            raise RunError(f"the judge at {found.shown} can't be reached: start it, or mend the address.")
+        return found
     return None
