@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -28,6 +29,9 @@ for module in (train, compare, init, recipe, plan, probe, bench, chat, merge, ex
     name = module.__name__.rpartition(".")[2]
     app.command(name, cls=Verb, epilog="\b\nExamples:\n  " + "\n  ".join(module.EXAMPLES))(getattr(module, name))
 
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""What tqdm, transformers and datasets ask before they draw a bar."""
+
 
 def _version(value: bool) -> None:
     if value:
@@ -44,6 +48,8 @@ def main() -> None:
     """The console script: errors for people are one sentence on standard error and exit code 2."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        os.environ.update(dict.fromkeys(NO_BARS, "1"))
     try:
         app()
     except IqliteError as error:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
+import subprocess
+import sys
 
 from rich.console import Console
 
@@ -58,6 +61,32 @@ def test_words_are_broken_between_and_not_inside() -> None:
     assert WordWrap(4).add("http://there is ") == "http://there is "
     exact = WordWrap(3)
     assert exact.add("abc def ") == "abc\ndef"  # no space runs over the edge
+
+
+def test_at_80_columns_step_and_time_left_come_first() -> None:
+    out, buffer = shown(80, terminal=True)
+    with TrainingView(out, 400) as view:
+        view.step(StepMetrics(123, VALUES), 400)
+    lines = [line for line in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", buffer.getvalue()).replace("\r", "\n").splitlines() if "123" in line]
+    assert re.match(r". step 123/400 [━╸╺ ]{20} left [-:0-9]+ 20 tok/s  2\.5 GiB", lines[-1]) and len(lines[-1]) <= 80
+
+
+def test_nothing_is_minus_zero() -> None:
+    out, buffer = shown(200)
+    with TrainingView(out, 20) as view:
+        view.step(StepMetrics(1, {**VALUES, "reward/mean": -1e-5, "kl/policy_reference": -1e-6}), 20)
+    assert "reward +0.000" in buffer.getvalue() and "KL(π‖ref) 0.000" in buffer.getvalue()
+
+
+def test_no_bars_of_libraries_where_no_terminal_is() -> None:
+    code = (
+        "import sys; sys.argv = ['iqlite', '--version']\nfrom iqlite.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        "import tqdm, tqdm.auto, datasets, transformers\n"
+        "for bar in (tqdm.tqdm, tqdm.auto.tqdm, transformers.utils.logging.tqdm): list(bar(range(3)))\n"
+        "datasets.Dataset.from_list([{'a': 1}]).map(lambda row: row)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.startswith("iqlite ")
 
 
 def test_tables_and_facts_escape_what_they_show() -> None:

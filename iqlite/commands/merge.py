@@ -93,7 +93,7 @@ def merge(
     elif not fits:
         measured = "not measured: the unquantised model doesn't fit this machine's memory"
     else:
-        measured = f"{kl:.5f} nats a token on answers to held-out prompts"
+        measured = f"{kl:z.5f} nats a token on answers to held-out prompts"
     facts(
         console,
         {

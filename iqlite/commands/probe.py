@@ -146,12 +146,12 @@ def _probe(
     console.print("[dim]differ: answers unlike the base's · nats: how strange a token is to the base[/]")
     for v in found:
         console.print(f"[bold]{clean(v.name)}[/]: {clean(v.example, EXAMPLE)}")
-    by_part = " · ".join("–" if nats is None else f"{nats:.3f}" for nats in where.kl_by_part)
+    by_part = " · ".join("–" if nats is None else f"{nats:z.3f}" for nats in where.kl_by_part)
     between = {"KL(π⁺‖π_ref)": where.kl_wanted, "KL(π⁺‖π⁻)": where.kl_opposed}
-    if shown := ", ".join(f"{what} {nats:.3f}" for what, nats in between.items() if nats is not None):
+    if shown := ", ".join(f"{what} {nats:z.3f}" for what, nats in between.items() if nats is not None):
         console.print(f"readings: {shown} nats a token on the base's own answers")
     console.print(
-        f"contrast: KL(π_ref‖π̃) {where.kl_superior:.3f} nats a token over {where.tokens} tokens; by quarters of the answer {by_part}"
+        f"contrast: KL(π_ref‖π̃) {where.kl_superior:z.3f} nats a token over {where.tokens} tokens; by quarters of the answer {by_part}"
     )
     console.print(f"          {where.clipped_share:.1%} of Δ clipped, {where.implausible_mass:.1%} of the mass implausible")
     if given:

@@ -160,7 +160,7 @@ def _conclude(
     ended = "finished" if outcome.why == "finished" else f"stopped by the monitor “{outcome.why}”"
     console.print(f"{ended} after {outcome.step} steps and {duration(seconds)}.", markup=False)
     best = "" if outcome.why == "finished" else " (the best one)"
-    shown = {"adapter": f"{run_dir.adapter}{best}", "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
+    shown = {"adapter": f"{run_dir.adapter}{best}", "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:z.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
     if not run_dir.best.is_dir():  # no evaluation was finite
         del shown["best"]
     facts(console, shown)

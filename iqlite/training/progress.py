@@ -12,12 +12,14 @@ from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from iqlite.records import HELD_OUT_KL, StepMetrics
 from iqlite.terminal import clean, duration
 from iqlite.training.monitors import Verdict
 
+BAR = 20  # cells
 PLAIN_SAMPLE = 160  # characters of an answer shown in progress
 
 
@@ -26,9 +28,10 @@ class TrainingView:
 
     def __init__(self, out: Console, total: int, first: int = 1):
         self.out, self.total, self.started, self.first = out, total, time.monotonic(), first
+        last = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))  # it may be cut
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=out, disable=not out.is_terminal,
+            SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(BAR), TextColumn("left"), TimeRemainingColumn(), last,
+            console=out, disable=not out.is_terminal, expand=True,
         )  # fmt: skip
         self.task = self.progress.add_task("first rollout …", total=total, completed=first - 1)
 
@@ -42,18 +45,16 @@ class TrainingView:
     def step(self, metrics: StepMetrics, total: int) -> None:
         """One step done."""
         v = metrics.values
-        line = (
-            f"reward {v['reward/mean']:+.3f}  KL(π‖π̃) {v['kl/policy_superior']:.3f}  KL(π‖ref) {v['kl/policy_reference']:.3f}  "
-            f"{v['time/tokens_per_s']:.0f} tok/s  {v['memory/peak_gib']:.1f} GiB"
-        )
+        work = f"{v['time/tokens_per_s']:.0f} tok/s  {v['memory/peak_gib']:.1f} GiB"
+        found = f"reward {v['reward/mean']:+z.3f}  KL(π‖π̃) {v['kl/policy_superior']:z.3f}  KL(π‖ref) {v['kl/policy_reference']:z.3f}"
         if self.progress.disable:
             done = metrics.step - self.first + 1
             left = (time.monotonic() - self.started) / done * (total - metrics.step)
-            held = f"  held-out KL {v[HELD_OUT_KL]:.3f}" if HELD_OUT_KL in v else ""
+            held = f"  held-out KL {v[HELD_OUT_KL]:z.3f}" if HELD_OUT_KL in v else ""
             held += f", measure {v['eval/measure']:.2f} (base {v['eval/measure_base']:.2f})" if "eval/measure" in v else ""
-            self.out.print(f"step {metrics.step}/{total}  {line}{held}  left {duration(left)}", markup=False)
+            self.out.print(f"step {metrics.step}/{total}  {found}  {work}{held}  left {duration(left)}", markup=False)
         else:
-            self.progress.update(self.task, completed=metrics.step, description=line)
+            self.progress.update(self.task, completed=metrics.step, description=f"{work}  {found}")
 
     def sample(self, step: int, prompt: str, answer: str) -> None:
         """A held-out answer on the way."""
