@@ -34,7 +34,7 @@ def commands_page() -> str:
     """What each verb's --help prints, wide and without colours."""
     group: Any = typer.main.get_command(app)
     parent = group.make_context("iqlite", [], resilient_parsing=True)
-    lines = [NOTE, "", "# Commands", "", "What `iqlite VERB --help` prints.", ""]
+    lines = [NOTE, "", "# Commands", "", "What `iqlite VERB --help` prints; [json.md](json.md) has what `--json` does.", ""]
     for name, command in group.commands.items():
         context = command.context_class(command, parent=parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH, color=False)
         text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
