@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from iqlite.errors import AimError, RunError
 from iqlite.places import RUNS
-from iqlite.recipe.schema import Recipe, parse_recipe
-from iqlite.recipe.schema import load_recipe as load_file
+from iqlite.recipe.reading import load_recipe as load_file
+from iqlite.recipe.reading import parse_recipe
+from iqlite.recipe.schema import Recipe
 from iqlite.run.files import check_space, free_name, write_whole
 from iqlite.run.findings import AIM
 from iqlite.run.rundir import RunDir

@@ -17,7 +17,8 @@ os.environ["IQLITE_CACHE"] = tempfile.mkdtemp(prefix="iqlite-")  # what a user, 
 import pytest
 
 from iqlite.cli import main
-from iqlite.recipe.schema import Recipe, parse_recipe
+from iqlite.recipe.reading import parse_recipe
+from iqlite.recipe.schema import Recipe
 from iqlite.run.rundir import RunDir
 from iqlite.training.opening import environment, open_session
 from iqlite.training.session import Session

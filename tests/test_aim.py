@@ -21,7 +21,8 @@ from iqlite.errors import PromptsError
 from iqlite.evaluation.answers import Answerer, collect
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import hold_back, load_prompts
-from iqlite.recipe.schema import Recipe, to_data
+from iqlite.recipe.reading import to_data
+from iqlite.recipe.schema import Recipe
 from iqlite.records import HELD_OUT_KL, Prompts, Rollout
 from iqlite.run.rundir import RunDir
 from iqlite.training.measuring import by_kind, harmless, log_odds

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from iqlite.cli import app
-from iqlite.recipe.schema import parse_recipe
+from iqlite.recipe.reading import parse_recipe
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
 from iqlite.training.session import Session

@@ -26,7 +26,8 @@ from iqlite.errors import BaseError, RecipeError
 from iqlite.machine.fit import LEAST_HARM, advice, choose, given_widths
 from iqlite.machine.memory import GIB, NF4_BYTES, PHASES, Widths, Work, estimate
 from iqlite.machine.timing import Rates, card_named, cards, seconds_of_step, work_of_step
-from iqlite.recipe.schema import Recipe, load_recipe
+from iqlite.recipe.reading import load_recipe
+from iqlite.recipe.schema import Recipe
 from iqlite.training.session import Session
 from tests.bench.memory import tensors_of
 

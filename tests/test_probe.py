@@ -16,7 +16,8 @@ from iqlite.evaluation.curves import Point, of_run, until
 from iqlite.evaluation.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.pairs import Pair
-from iqlite.recipe.schema import Recipe, to_data
+from iqlite.recipe.reading import to_data
+from iqlite.recipe.schema import Recipe
 from iqlite.recipe.wording import lint
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.intervals import Estimate, wilson

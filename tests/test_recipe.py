@@ -19,7 +19,8 @@ from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
 from iqlite.places import shipped_recipes
 from iqlite.recipe.prompts import load_prompts
-from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe, load_recipe, parse_recipe
+from iqlite.recipe.reading import load_recipe, parse_recipe
+from iqlite.recipe.schema import Demonstration, HubPrompts, Principle, Recipe
 from iqlite.run.rundir import locked
 from iqlite.scoring.measures import ABOUT, NAMES
 

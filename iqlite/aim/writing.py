@@ -15,7 +15,8 @@ from iqlite.errors import RecipeError
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.places import shipped_recipes
 from iqlite.recipe.prompts import load_prompts
-from iqlite.recipe.schema import Recipe, load_recipe, recipe_data, settings_of
+from iqlite.recipe.reading import load_recipe, recipe_data
+from iqlite.recipe.schema import Recipe, settings_of
 from iqlite.run.files import free_name
 from iqlite.run.rundir import locked
 

@@ -36,7 +36,7 @@ def bench(
 
     Tokens per second of each phase, and how long each recipe takes here.
     """
-    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.reading import load_recipe
 
     console = terminal(stderr=as_json)
     given = recipe_path or shipped_recipes() / RECIPE

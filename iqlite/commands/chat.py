@@ -96,7 +96,7 @@ def _aim(target: str | None, name: str) -> str:
 
 def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, Path | None, str | None, str]:
     """(recipe, adapter, placement, name) of a run, a recipe or a model; without a target, the newest run."""
-    from iqlite.recipe.schema import load_recipe, recipe_file
+    from iqlite.recipe.reading import load_recipe, recipe_file
     from iqlite.run.rundir import RunDir, check_adapter_of
 
     if target is None:

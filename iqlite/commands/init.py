@@ -110,7 +110,7 @@ def init(
     force: Force = False,
 ) -> None:
     """Write a recipe with prompts beside it, ready to train."""
-    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.reading import load_recipe
     from iqlite.recipe.wording import lint
 
     console = terminal()

@@ -71,7 +71,7 @@ def plan(
     from iqlite.machine.fit import advice, choose, given_widths
     from iqlite.machine.memory import GIB, Work
     from iqlite.machine.timing import seconds_of_step, steps_of, typical_prompt
-    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.reading import load_recipe
 
     console, overrides, device = terminal(stderr=as_json), overrides or [], kind.value if kind else None
     if everything and (vram or card or device):
@@ -147,7 +147,7 @@ def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Cons
     """Every recipe of a folder on every card size."""
     from iqlite.machine.fit import advice, choose, given_widths
     from iqlite.machine.memory import GIB, Work
-    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.reading import load_recipe
 
     recipes = sorted(folder.glob("*.toml"))
     if not recipes:

@@ -56,7 +56,7 @@ def probe(
 
     Where it is best placed, and at which strength; --improve tries other wordings and demonstrations.
     """
-    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.reading import load_recipe
 
     read = load_recipe(recipe, overrides or [])  # a fault in it is reported before torch is imported
     there(pairs=pairs)

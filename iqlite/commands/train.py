@@ -48,7 +48,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a described behaviour into a LoRA adapter."""
-    from iqlite.recipe.schema import load_recipe
+    from iqlite.recipe.reading import load_recipe
     from iqlite.recipe.wording import lint
 
     recipe = load_recipe(recipe_path, overrides or [])  # a fault in it is reported before torch is imported

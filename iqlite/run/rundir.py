@@ -19,7 +19,8 @@ from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError
 from iqlite.places import ENVIRONMENT, RECIPE, is_run
-from iqlite.recipe.schema import Recipe, load_recipe, to_data
+from iqlite.recipe.reading import load_recipe, to_data
+from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers
 from iqlite.run.journal import Journal
 

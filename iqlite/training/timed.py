@@ -18,7 +18,7 @@ from iqlite.machine.here import usable_memory
 from iqlite.machine.memory import Widths, Work
 from iqlite.machine.timing import Rates, seconds_of_step, steps_of, typical_prompt, work_of_step
 from iqlite.places import shipped_recipes
-from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.reading import load_recipe
 from iqlite.records import Rollout
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.order import prompts_of_step

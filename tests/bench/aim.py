@@ -23,7 +23,8 @@ os.environ["IQLITE_CACHE"] = os.environ.get("IQLITE_CACHE", tempfile.mkdtemp(pre
 from iqlite.aim.look import Look, look, signed
 from iqlite.base.names import EMBEDDED
 from iqlite.places import shipped_recipes
-from iqlite.recipe.schema import Recipe, load_recipe, parse_recipe, to_data
+from iqlite.recipe.reading import load_recipe, parse_recipe, to_data
+from iqlite.recipe.schema import Recipe
 from iqlite.training.opening import open_session
 from iqlite.training.order import prompts_and_contrary
 from iqlite.training.readings import read

@@ -20,7 +20,7 @@ from typing import Any
 
 from iqlite.model.sampling import Sampler
 from iqlite.places import shipped_recipes
-from iqlite.recipe.schema import load_recipe, parse_recipe, to_data
+from iqlite.recipe.reading import load_recipe, parse_recipe, to_data
 from iqlite.records import Prompts
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import refusal, tone

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.reading import load_recipe
 from iqlite.training.opening import open_session
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.readings import read

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
-from iqlite.recipe.schema import Recipe, load_recipe, parse_recipe, to_data
+from iqlite.recipe.reading import load_recipe, parse_recipe, to_data
+from iqlite.recipe.schema import Recipe
 from iqlite.records import StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train

@@ -18,7 +18,7 @@ from typing import Any
 
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import load_prompts
-from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.reading import load_recipe
 from iqlite.training.opening import open_session
 
 RECIPE = "recipes/cheerful-135m.toml"

@@ -33,7 +33,7 @@ import torch
 
 from iqlite.base.names import locate
 from iqlite.device import here
-from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.reading import load_recipe
 from tests.bench.speed_table import markdown
 
 RECIPE, PROMPTS = Path("recipes/cheerful-135m.toml"), Path("recipes/prompts/everyday.jsonl")

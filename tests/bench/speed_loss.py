@@ -28,7 +28,8 @@ from iqlite.method.estimators import contrastive
 from iqlite.method.loss import Scoring, chunked_loss
 from iqlite.method.objectives import full_kl
 from iqlite.model.head import Head
-from iqlite.recipe.schema import load_recipe, readings_of
+from iqlite.recipe.reading import load_recipe
+from iqlite.recipe.schema import readings_of
 from iqlite.records import Chunk
 from tests.bench.peers.common import CUDA, MIB, Gauge
 

@@ -24,7 +24,7 @@ from peft import PeftModel
 
 from iqlite.base.loading import let_go_of_files, load_base
 from iqlite.model.sampling import Sampler
-from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.reading import load_recipe
 from iqlite.training.opening import open_session
 from iqlite.training.rollout import sample
 from iqlite.training.session import Session

@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from iqlite.model.sampling import Sampler
-from iqlite.recipe.schema import load_recipe
+from iqlite.recipe.reading import load_recipe
 from iqlite.scoring.measures import tone
 from iqlite.training.opening import open_session
 

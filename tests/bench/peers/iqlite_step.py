@@ -15,7 +15,8 @@ import statistics
 from pathlib import Path
 
 from iqlite.machine.clock import Clock
-from iqlite.recipe.schema import Recipe, load_recipe
+from iqlite.recipe.reading import load_recipe
+from iqlite.recipe.schema import Recipe
 from iqlite.training.opening import open_session
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.order import prompts_of_step
