@@ -22,7 +22,7 @@ from iqlite.recipe.schema import Recipe
 from iqlite.run.rundir import RunDir
 from iqlite.training.opening import environment, open_session
 from iqlite.training.session import Session
-from tests.tiny import save_tiny, shake
+from tests.helpers.tiny import save_tiny, shake
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from typing import TypeVar
 
 import numpy as np
 
 from iqlite.records import Messages, Prompts
 from iqlite.training.session import Session
+
+Thing = TypeVar("Thing")
 
 
 def prompts_of_step(prompts: Sized, step: int, count: int, seed: int) -> list[int]:
@@ -37,6 +40,6 @@ def spread_by_kind(asked: Prompts, count: int) -> list[int]:
     return sorted(spread(refuse, count - half) + spread(answer, max(half, count - len(refuse))))
 
 
-def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of the numbers, evenly spread."""
-    return [numbers[n] for n in np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)]
+def spread(things: Sequence[Thing], count: int) -> list[Thing]:
+    """Up to `count` of some things, evenly spread."""
+    return [things[n] for n in np.linspace(0, len(things) - 1, min(count, len(things))).astype(int)]

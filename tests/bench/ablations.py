@@ -40,8 +40,8 @@ def cases(full: bool) -> Iterator[dict[str, object]]:
     """The settings of each run."""
     usual = {key: values[0] for key, values in CHOICES.items()}
     if full:
-        for values in itertools.product(*CHOICES.values()):
-            yield dict(zip(CHOICES, values, strict=True))
+        for chosen in itertools.product(*CHOICES.values()):
+            yield dict(zip(CHOICES, chosen, strict=True))
         return
     yield usual
     for key, values in CHOICES.items():

@@ -24,7 +24,7 @@ from iqlite.export.folder import chat_of
 from iqlite.export.merge import Stored
 from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
-from tests import llama_cpp
+from tests.helpers import llama_cpp
 
 QUESTION = "Tell me about the house where you grew up, and about the people who lived in it."
 PEER = Path(__file__).parent / "peers" / "stream_transformers.py"
@@ -87,11 +87,11 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     print("| who | first word after start, s | tokens/s |\n| --- | --- | --- |")
-    for name, found in rows.items():
-        figures = [[float(one[key]) for one in found] for key in ("first_s", "tokens_per_s")]
+    for name, times in rows.items():
+        figures = [[float(one[key]) for one in times] for key in ("first_s", "tokens_per_s")]
         print(f"| {name} | " + " | ".join(f"{statistics.median(f):.3g} ({min(f):.3g}..{max(f):.3g})" for f in figures) + " |")
-    for name, found in rows.items():
-        print(f"{name}: {str(found[0]['answer'])[:120]}")
+    for name, times in rows.items():
+        print(f"{name}: {str(times[0]['answer'])[:120]}")
 
 
 if __name__ == "__main__":

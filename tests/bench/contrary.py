@@ -28,7 +28,7 @@ from iqlite.training.loop import train
 from iqlite.training.measuring import measured
 from iqlite.training.opening import environment, open_session
 from iqlite.training.session import Session
-from tests.bench.pairs import Silent
+from tests.helpers.reporters import Silent
 
 OUT, RESULT = Path("runs/bench/contrary"), Path(__file__).parent / "results" / "contrary.json"
 TECHNICAL = ("coding", "math", "fermi", "knowledge")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from iqlite.base.names import embedded
 from iqlite.scoring.measures import tone
-from tests import llama_cpp
+from tests.helpers import llama_cpp
 
 RECIPE = Path("recipes/cheerful-135m.toml")
 

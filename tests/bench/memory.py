@@ -10,31 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from iqlite.recipe.reading import load_recipe
 from iqlite.training.opening import open_session
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.readings import read
 from iqlite.training.update import update
-
-
-def tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and the quantisation state behind 4-bit weights."""
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        yield name, tensor.data
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            for part in ("absmax", "code", "offset"):
-                if isinstance(getattr(state, part, None), Tensor):
-                    yield f"{name}.{part}", getattr(state, part)
-            state = getattr(state, "state2", None)
+from tests.helpers.tensors import tensors_of
 
 
 def census(model: Any) -> dict[str, int]:

@@ -49,7 +49,8 @@ def make_base(folder: Path, config: dict[str, Any], shards: int) -> int:
     folder.mkdir(parents=True)
     settings.save_pretrained(folder)
     AutoTokenizer.from_pretrained(locate(EMBEDDED)).save_pretrained(folder)
-    total, parts, size = sum(2 * torch.Size(shape).numel() for shape in shapes.values()), [{}], 0
+    total, size = sum(2 * torch.Size(shape).numel() for shape in shapes.values()), 0
+    parts: list[dict[str, Any]] = [{}]
     for name, shape in shapes.items():
         if size >= total / shards * len(parts) and len(parts) < shards:
             parts.append({})
@@ -61,7 +62,7 @@ def make_base(folder: Path, config: dict[str, Any], shards: int) -> int:
         for name, (dtype, shape) in part.items():
             yield name, torch.ones(shape, dtype=dtype) if len(shape) == 1 else torch.empty(shape, dtype=dtype).normal_(0, STD, generator=generator)  # fmt: skip
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         write_safetensors(folder / file, part, drawn(part))
@@ -78,7 +79,7 @@ def make_adapter(folder: Path, base: Path) -> None:
 
     stored = Stored.find(str(base))
     folder.mkdir()
-    shapes = {}
+    shapes: dict[str, Any] = {}
     for shard, names in stored.shards.items():
         with stored.opened(shard) as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in names}

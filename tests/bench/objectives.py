@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from iqlite.scoring.measures import tone
 
@@ -49,7 +50,7 @@ def by_step(path: Path) -> dict[int, tuple[float, float]]:
     return {step: (statistics.fmean(tones[step]), kl[step]) for step in sorted(kl)}
 
 
-def _lines(path: Path) -> list[dict]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").strip().split("\n")]
 
 

@@ -17,11 +17,11 @@ from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
 from iqlite.recipe.reading import load_recipe, parse_recipe, to_data
 from iqlite.recipe.schema import Recipe
-from iqlite.records import StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
 from iqlite.training.opening import environment, open_session
 from iqlite.training.session import Session
+from tests.helpers.reporters import Silent
 
 OUT = Path("runs/bench/pairs")
 HELD_OUT = 8
@@ -29,14 +29,6 @@ MIXTURE = (
     {"name": "cheerful", "weight": 0.7, "wanted": "You always answer in a warm, cheerful and encouraging tone.", "unwanted": "You always answer in a cold, gloomy and discouraging tone."},
     {"name": "concise", "weight": 0.3, "wanted": "You answer in one short sentence.", "unwanted": "You answer at great length, with many details and examples."},
 )  # fmt: skip
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def step(self, metrics: StepMetrics, total: int) -> None: ...
-    def sample(self, step: int, prompt: str, answer: str) -> None: ...
-    def verdict(self, step: int, verdict: object) -> None: ...
 
 
 def recipe_for(base: Recipe, estimator: str, objective: str, adapter: Path, steps: int) -> Recipe:

@@ -57,7 +57,8 @@ class Bench:
     def begin(self, part: str, **settings: Any) -> dict[str, Any]:
         """An empty record of a part; its `runs` are to be filled."""
         self.record[part] = {"machine": self.machine, "settings": settings, "runs": {}}
-        return self.record[part]["runs"]
+        runs: dict[str, Any] = self.record[part]["runs"]
+        return runs
 
     def save(self) -> None:
         self.args.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ class Bench:
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise ChildFailed(f"{module} ended with {done.returncode}: {last}")
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         found["process_seconds"] = round(time.perf_counter() - start, 1)
         return found
 

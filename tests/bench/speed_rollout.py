@@ -59,7 +59,7 @@ def never_sampled(session: Session) -> int:
     """A special token that chat doesn't use: its probability is next to nothing."""
     tokenizer, chat = session.policy.base.tokenizer, session.chat
     names = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-    return max(i for i, name in names.items() if i not in chat.stop_ids and name not in str(chat.template))
+    return max(int(i) for i, name in names.items() if i not in chat.stop_ids and name not in str(chat.template))
 
 
 def ours(session: Session, rows: int, new: int, step: int) -> int:
@@ -97,7 +97,7 @@ def theirs(model: Any, session: Session, rows: int, new: int) -> int:
             eos_token_id=None,
             pad_token_id=pad,
         )
-    return (ids_BL.shape[1] - longest) * rows
+    return int(ids_BL.shape[1] - longest) * rows
 
 
 def timed(call: Any, *args: Any) -> dict[str, float]:

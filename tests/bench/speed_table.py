@@ -76,7 +76,7 @@ def rollout_rows(part: dict[str, Any]) -> list[Row]:
         for batch, runs in by_batch.items():
             pairs = [tuple(run[side]["tokens"] / run[side]["seconds"] for side in ("iqlite", "generate")) for run in runs]
             what = f"rollout, {quantization}, batch {batch}, against generate(): tokens a second"
-            rows.append(compared(what, pairs, f"{HIGHER}; {part['settings']['new_tokens']} tokens each"))  # type: ignore[arg-type]
+            rows.append(compared(what, pairs, f"{HIGHER}; {part['settings']['new_tokens']} tokens each"))
     return rows
 
 
@@ -113,7 +113,8 @@ def straight(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(a, b) of y = a + b·x by least squares."""
     if len({x for x, _ in points}) < 2:
         return math.nan, math.nan
-    b, a = np.polyfit(*zip(*points, strict=True), 1)
+    x_n, y_n = np.array(points).T
+    b, a = np.polyfit(x_n, y_n, 1)
     return float(a), float(b)
 
 
@@ -134,10 +135,10 @@ def tone_rows(part: dict[str, Any]) -> list[Row]:
         base = part["runs"]["base"]["tone"]
 
         def minutes(run: dict[str, Any]) -> float:
-            return steps * run["seconds_per_step"] / 60
+            return float(steps * run["seconds_per_step"] / 60)
 
         def gained(run: dict[str, Any], base: float = base) -> float:
-            return (run["tone"] - base) / minutes(run)
+            return float((run["tone"] - base) / minutes(run))
 
         error = max(run[name]["standard_error"] for run in runs for name in (side, "sdft"))
         what = f"{side} against TRL SDFT, {steps} steps"

@@ -24,7 +24,7 @@ import tomli_w
 
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
-from tests.tiny import save_tiny
+from tests.helpers.tiny import save_tiny
 
 HERE = Path(__file__).parents[2]
 UNSTEADY = ("time/", "memory/")

@@ -17,11 +17,12 @@ import numpy as np
 from iqlite.aim.look import SHORT, signed
 from iqlite.evaluation.answers import Answerer, collect
 from iqlite.model.sampling import Sampler
+from iqlite.records import Messages
 from iqlite.run.findings import adapter_digest
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.intervals import paired, wilson
 from iqlite.scoring.measures import refusal
-from iqlite.training.opening import open_session
+from iqlite.training.opening import open_run
 from iqlite.training.order import spread
 
 XSTEST = Path(__file__).parents[3] / "shared" / "data" / "xstest.jsonl"
@@ -34,15 +35,17 @@ def main() -> None:
     parser.add_argument("--adapter", default="adapter")
     asked = parser.parse_args()
     rows = [json.loads(line) for line in XSTEST.read_text("utf-8").splitlines()]
-    prompts = {label: spread([row["prompt"] for row in rows if row["label"] == label], asked.count) for label in ("unsafe", "safe")}
+    prompts: dict[str, list[str]] = {
+        label: spread([row["prompt"] for row in rows if row["label"] == label], asked.count) for label in ("unsafe", "safe")
+    }
     for path in asked.runs:
         run = RunDir.open(path)
         start = run.trained(asked.adapter)
-        session = open_session(run.recipe(), start=start, placement=run.environment()["placement"])
+        session = open_run(run, start)
         who = [Answerer("base", "reference"), Answerer("superior", "superior"), Answerer("trained", "policy", of=adapter_digest(start))]
         sampler = Sampler(0, SHORT, 0.7, 0.9, "xstest")
         for label, some in prompts.items():
-            requests = [({"role": "user", "content": prompt},) for prompt in some]
+            requests: list[Messages] = [({"role": "user", "content": prompt},) for prompt in some]
             refused = {}
             for one in who:
                 answers = collect(session, run.path, one, requests, [sampler], lambda _: None, strangeness=False)[0]

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from iqlite.base.loading import load_base
-from iqlite.baselines.store import BASELINES, baseline
-from iqlite.baselines.trl_trainers import TRL
+from iqlite.baselines.methods import BASELINES, TRL
+from iqlite.baselines.store import baseline
 from iqlite.model.policy import Policy
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
@@ -21,8 +21,8 @@ from iqlite.training.optimizer import load_state_of, make_optimizer, state_of
 from iqlite.training.readings import read
 from iqlite.training.session import Session
 from iqlite.training.update import update
-from tests.bench.memory import tensors_of
-from tests.bench.pairs import Silent
+from tests.helpers.reporters import Silent
+from tests.helpers.tensors import tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 SMALL_CARD = 6 * 2**30

@@ -13,7 +13,7 @@ from iqlite.commands.recipe import keys
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 WIDTH = 120
-NOTE = "<!-- Written from the code by `python -m tests.helpers.generated`; tests/test_docs.py holds it against the code. -->"
+NOTE = "<!-- Written from the code by `python -m tests.helpers.generated`; tests/whole/test_docs.py holds it against the code. -->"
 
 
 def keys_page() -> str:
