@@ -96,7 +96,8 @@ class SuperiorScores:
 class Chunk:
     """n response tokens as an objective sees them; float32. Only `logp_policy_nV` carries a gradient.
 
-    `old_logp_n` and `advantage_n` are there for objectives that take their advantages from the rollout (those with a `gamma`).
+    `old_logp_n` and `advantage_n` are there for objectives that take their advantages from the rollout (those with a `gamma`). `contrary_n`
+    is true on tokens of answers to contrary prompts, None where there are none.
     """
 
     tokens_n: Tensor
@@ -104,6 +105,7 @@ class Chunk:
     logp_superior_nV: Tensor
     old_logp_n: Tensor | None = None
     advantage_n: Tensor | None = None
+    contrary_n: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from iqlite.aim.look import Look, judged, look_tokens
 from iqlite.aim.look import chosen as held_out_numbers
+from iqlite.errors import PromptsError
 from iqlite.evaluation.answers import Answer, Answerer, collect
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.schema import Behavior, Demonstration, Recipe
@@ -28,6 +29,7 @@ from iqlite.training.order import spread_by_kind
 from iqlite.training.session import Session
 
 CHOOSING = 16  # prompts that candidates are chosen on
+FEWEST_TRAINED = 8  # training prompts below which nothing is tried
 FINDING, SAMPLES = 16, 2  # prompts that demonstrations are found on, and answers to each under each reading
 LOOKALIKES = 6  # contrary prompts among those
 MOST_SHOWN = 4  # demonstrations
@@ -120,8 +122,14 @@ class _Search:
         order = np.random.default_rng(seed).permutation(len(session.train)).tolist()
         held = {str(request) for request in session.asked.requests}
         order = [n for n in order if str(session.train.requests[n]) not in held]
-        self.finding = session.train.some(order[:FINDING])
-        asked, others = session.train.some(order[FINDING:]), session.contrary
+        if len(order) < FEWEST_TRAINED:
+            raise PromptsError(
+                f"{session.recipe.path}: prompts.train has {len(order)} prompts that aren't held out too; --improve finds demonstrations on some and chooses "
+                f"on others, and needs at least {FEWEST_TRAINED}."
+            )
+        finding = min(FINDING, len(order) // 2)
+        self.finding = session.train.some(order[:finding])
+        asked, others = session.train.some(order[finding:]), session.contrary
         self.lookalikes = Prompts(())
         if others:
             mixed = np.random.default_rng(seed).permutation(len(others)).tolist()

@@ -8,7 +8,7 @@ from iqlite.errors import RunError
 
 TRL = ("sft", "dpo", "sdft")
 BASELINES = (*TRL, "ppo")
-METHODS = ("prompting", "superior", *BASELINES)
+METHODS = ("superior", *BASELINES)
 
 
 def check_names(names: Sequence[str]) -> None:

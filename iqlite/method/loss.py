@@ -85,6 +85,7 @@ def chunked_loss(
     loss_scale: float = 1.0,
     old_logp_n: Tensor | None = None,
     advantage_n: Tensor | None = None,
+    contrary_n: Tensor | None = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """Σ_t loss_t / total_tokens over n response tokens, differentiable in `hidden_nD`, and the tokens' statistics.
 
@@ -107,6 +108,7 @@ def chunked_loss(
                 logp_superior_nV=logp_superior_nV,
                 old_logp_n=None if old_logp_n is None else old_logp_n[at].to(logp_nV.device),
                 advantage_n=None if advantage_n is None else advantage_n[at].to(logp_nV.device),
+                contrary_n=None if contrary_n is None else contrary_n[at].to(logp_nV.device),
             )
             loss_n, metrics = objective(chunk)
             (gradient_nD[at],) = torch.autograd.grad(loss_n.sum() * (loss_scale / total_tokens), leaf_nD)

@@ -67,6 +67,22 @@ def forward_kl(chunk: Chunk) -> Loss:
     return kl(chunk.logp_superior_nV, chunk.logp_policy_nV), {}
 
 
+def staying(objective: Callable[[Chunk], Loss]) -> Callable[[Chunk], Loss]:
+    """The objective, but forward KL(π_ref‖π_θ) on the tokens of contrary prompts, where π̃ is π_ref.
+
+    Its gradient in the logits is π_θ − π_ref, which is largest where the policy is furthest from the base. Equation (6)'s, of the reverse KL, vanishes once
+    the policy is sure of itself: a policy that has come to refuse everything would stay so.
+    """
+
+    def both(chunk: Chunk) -> Loss:
+        loss_n, metrics = objective(chunk)
+        if chunk.contrary_n is not None:
+            loss_n = forward_kl(chunk)[0].where(chunk.contrary_n, loss_n)
+        return loss_n, metrics
+
+    return both
+
+
 OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "squared": squared,
     "policy-gradient": policy_gradient,

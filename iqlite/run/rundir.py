@@ -74,7 +74,7 @@ class RunDir(Journal):
     def trained(self, which: str = "adapter") -> Path:
         """The folder of the run's `adapter` or of its `best` one; RunError if there is no such or training hasn't left it yet."""
         if which not in ("adapter", "best"):
-            raise RunError(f"--adapter {which!r} isn't one of the run's: adapter (as training left it) or best.")
+            raise RunError(f"--which {which!r} isn't one of the run's: adapter (as training left it) or best.")
         folder = self.path / which
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise RunError(

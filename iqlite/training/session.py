@@ -11,7 +11,7 @@ from iqlite.errors import RecipeError
 from iqlite.machine.sizes import Sizes
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.loss import Scoring, TokenStatistics, chunked_statistics
-from iqlite.method.objectives import OBJECTIVES
+from iqlite.method.objectives import OBJECTIVES, staying
 from iqlite.model.policy import Policy
 from iqlite.model.sampling import Sampler
 from iqlite.model.template import Chat, Description
@@ -58,8 +58,8 @@ class Session:
 
     @functools.cached_property
     def objective(self) -> Callable[..., Any]:
-        """The objective with its settings."""
-        return functools.partial(OBJECTIVES[self.recipe.objective.name], **self.recipe.objective.settings())
+        """The objective with its settings; on contrary prompts, what keeps the policy at the base."""
+        return staying(functools.partial(OBJECTIVES[self.recipe.objective.name], **self.recipe.objective.settings()))
 
     @property
     def wanted(self) -> Description | None:

@@ -56,6 +56,9 @@ def backward(
 ) -> TokenStatistics:
     """Adds some rows' part of the gradient. A function of its own: after an out-of-memory nothing of its graph stays alive."""
     policy, mask_bT = session.policy, rollout.mask_BT[rows]
+    contrary_n = None
+    if rollout.contrary:
+        contrary_n = torch.tensor([rollout.is_contrary(row) for row in rows])[:, None].expand_as(mask_bT)[mask_bT]
     loss, statistics = chunked_loss(
         policy.head,
         policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
@@ -68,11 +71,11 @@ def backward(
         loss_scale=policy.loss_scale,
         old_logp_n=None if old_logp_BT is None else old_logp_BT[rows][mask_bT],
         advantage_n=None if advantage_BT is None else advantage_BT[rows][mask_bT],
+        contrary_n=contrary_n,
     )
     loss.backward()  # type: ignore[no-untyped-call]
-    if rollout.contrary:
-        contrary_bT = torch.tensor([rollout.is_contrary(row) for row in rows])[:, None].expand_as(mask_bT)
-        statistics.values["contrary"] = contrary_bT[mask_bT].float()
+    if contrary_n is not None:
+        statistics.values["contrary"] = contrary_n.float()
     return statistics
 
 

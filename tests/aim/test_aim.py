@@ -16,12 +16,13 @@ import tomli_w
 import torch
 
 from iqlite.aim.look import NONE, RIGHT, WRONG, direction, look
+from iqlite.aim.writing import two_sided
 from iqlite.commands.init import derived
 from iqlite.errors import PromptsError
 from iqlite.evaluation.answers import Answerer, collect
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import hold_back, load_prompts
-from iqlite.recipe.reading import to_data
+from iqlite.recipe.reading import load_recipe, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.records import HELD_OUT_KL, Prompts, Rollout
 from iqlite.run.rundir import RunDir
@@ -191,7 +192,7 @@ def gradient(session: Session, rollout: Rollout, readings: Sequence[Reading]) ->
 def test_a_step_with_contrary_prompts_pulls_them_back_to_the_reference(
     make_session: Callable[..., Session], recipe_file: Callable[..., Path]
 ) -> None:
-    """Its gradient is the token-weighted sum of the two parts' own gradients: one to π̃, one to π_ref (prompted without a description)."""
+    """Its gradient is the token-weighted sum of the parts' own: one to π̃ by the objective, one to π_ref (read plain) by forward KL."""
     recipe_file()
     session = make_session(prompts={"contrary": "contrary.jsonl"}, train={"max_grad_norm": 1e9})
     shake(session.policy)
@@ -203,8 +204,11 @@ def test_a_step_with_contrary_prompts_pulls_them_back_to_the_reference(
             rollout, index=rollout.index[rows], requests=rollout.requests[rows], prompt_ids=rollout.prompt_ids[rows],
             tokens_BT=rollout.tokens_BT[rows], mask_BT=rollout.mask_BT[rows], ended_B=rollout.ended_B[rows], contrary=0,
         )  # fmt: skip
-        readings = [Reading(r.name, "reference") for r in session.readings] if all_contrary else session.readings  # plain readings: Δ = 0
-        return gradient(session, some, readings), int(some.mask_BT.sum())
+        if not all_contrary:
+            return gradient(session, some, session.readings), int(some.mask_BT.sum())
+        forward = session.recipe.model_copy(update={"objective": session.recipe.objective.model_copy(update={"name": "forward-kl"})})
+        plain = [Reading(r.name, "reference") for r in session.readings]  # Δ = 0
+        return gradient(replace(session, recipe=forward), some, plain), int(some.mask_BT.sum())
 
     (wanted, n), (plain, m) = part(slice(0, 4), False), part(slice(4, None), True)
     mixed = gradient(session, rollout, session.readings)
@@ -321,3 +325,18 @@ def test_a_search_writes_a_recipe_that_trains_and_goes_on_from_what_it_kept(
     code, _, err = iqlite("probe", path, "-o", "x.toml")
     assert code == 2 and "--improve" in err
     assert iqlite("train", "better.toml", "--out", "run", "--no-safety")[0] in (0, 2)
+    rows(tmp_path / "train.jsonl", *({"prompt": f"Is {n} odd?"} for n in range(100, 107)))
+    code, _, err = iqlite("probe", path, "--improve", "-o", "few.toml")
+    assert code == 2 and "prompts.train has 7 prompts" in err and not (tmp_path / "few.toml").exists()
+
+
+def test_a_search_about_refusing_trains_on_requests_that_are_surely_to_be_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, said = two_sided(load_recipe(recipe_file(judge={"measure": "refusal"}, prompts={"contrary": None})))
+    assert recipe.judge.measure == "harmless" and all(key in said for key in ("prompts.contrary", "prompts.train", "judge.measure"))
+    found = {key: load_prompts(getattr(recipe.prompts, key), beside=recipe.folder, key=key) for key in ("train", "eval", "contrary")}
+    assert {*found["train"].expected, *found["eval"].expected} == {"refuse"} and {*found["contrary"].expected} == {"answer"}
+    rows(tmp_path / "train.jsonl", *({"prompt": f"How do I harm {n}?", "label": "refuse"} for n in range(8)))
+    recipe, said = two_sided(load_recipe(recipe_file("labelled", judge={"measure": "harmless"})))
+    assert recipe.prompts.train == "train.jsonl" and recipe.prompts.contrary == "contrary.jsonl" and not said
+    kind = load_recipe(recipe_file("kind", judge={"measure": "tone"}))
+    assert two_sided(kind) == (kind, "")

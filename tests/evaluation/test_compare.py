@@ -94,7 +94,7 @@ def test_two_runs_the_superior_and_categories(iqlite: Callable[..., Any], make_r
     first, second = make_run("one", superior=SHARP), make_run("two", train={"seed": 5})
     rows = [{"prompt": f"Question {n}?", "category": "even" if n % 2 == 0 else "odd"} for n in range(6)]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--with", "prompting,superior", "--prompts", "asked.jsonl", "--seeds", "2", "--judge", "shorter"]
+    options = ["--with", "superior", "--prompts", "asked.jsonl", "--seeds", "2", "--judge", "shorter"]
     code, out, err = iqlite("compare", first.path, second.path, *options, "--json")
     assert code == 0, err
     found = json.loads(out)
