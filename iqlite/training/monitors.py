@@ -86,10 +86,11 @@ class Monitors:
 
         `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
         than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops. Where prompts are of several
-        `kinds` (one a score), that holds for each: more right refusals don't pay for harmless requests that are refused too.
+        `kinds` (one a score), the best must not be lower in any: more right refusals don't pay for harmless requests that are refused too. Beyond
+        chance in one of them warns.
         """
         kl = values[HELD_OUT_KL]
-        lower, worse = self._behind(scores, kinds)
+        lower, worse, one_sided = self._behind(scores, kinds)
         better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
         if better:
             self.best_kl, self.best_step, self.since_best = kl, step, 0
@@ -100,8 +101,13 @@ class Monitors:
             self._rule(
                 "measure",
                 worse,
-                "held-out answers score lower by the recipe's measure than the base's own, beyond chance (of one kind of prompts at least)",
+                "held-out answers score lower by the recipe's measure than the base's own, beyond chance: the target points the wrong way",
                 stop_after=PATIENCE_MEASURE,
+            ),
+            self._rule(
+                "one kind",
+                one_sided and not worse,
+                "held-out answers to one kind of prompts score lower than the base's own, beyond chance (refused though harmless, or the other way round): compare before you use it",
             ),
             self._rule(
                 "held-out",
@@ -130,17 +136,17 @@ class Monitors:
         """What `state` returned, as it was."""
         return cls(**{**state, **{name: blank for name, blank in NO_NUMBER.items() if state.get(name) is None}})
 
-    def _behind(self, scores: Sequence[float], kinds: Sequence[str]) -> tuple[bool, bool]:
-        """(lower than the base's by more than a standard error, lower beyond chance) of paired scores, in all or of any kind."""
+    def _behind(self, scores: Sequence[float], kinds: Sequence[str]) -> tuple[bool, bool, bool]:
+        """Of paired scores: (lower than the base's by more than a standard error, in all or of any kind; beyond chance in all; of any kind)."""
         if not scores:
-            return False, False
+            return False, False, False
         difference_P, kind_P = np.array(scores) - np.array(self.base_scores), np.array(kinds or [""] * len(scores))
-        lower = beyond = False
-        for some_p in (difference_P, *(difference_P[kind_P == kind] for kind in set(kinds))):
+        lower, beyond = [], []
+        for some_p in (difference_P, *(difference_P[kind_P == kind] for kind in sorted(set(kinds)))):
             error = float(some_p.std(ddof=1) / len(some_p) ** 0.5) if len(some_p) > 1 else math.inf
-            lower |= float(some_p.mean()) < -error
-            beyond |= len(some_p) >= FEWEST and paired(some_p[:, None]).high < 0
-        return lower, beyond
+            lower.append(float(some_p.mean()) < -error)
+            beyond.append(len(some_p) >= FEWEST and paired(some_p[:, None]).high < 0)
+        return any(lower), beyond[0], any(beyond)
 
     def _measured(self, scores: Sequence[float]) -> None:
         """How many evaluations it is since the measure was at its highest."""

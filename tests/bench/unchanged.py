@@ -4,7 +4,7 @@
     python -m tests.bench.unchanged ../before [--demo]
 
 Every estimator × objective trains three steps on a tiny model, and with --demo `cheerful-135m` four; of both versions' runs, compared: metrics
-(but for time/ and memory/, and lines that only one has), samples and the adapter's bytes. A run of the other version is opened by this one:
+(but for time/ and memory/, and lines that only one has), samples and the adapter's tensors. A run of the other version is opened by this one:
 resumed from its last checkpoint, it ends in the same adapter. A line a run; exit code 1 if anything differs.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from safetensors import safe_open
 
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.objectives import OBJECTIVES
@@ -46,7 +47,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    """Of the tensors' names and bytes; safetensors writes the entries of its header's metadata in any order."""
+    with safe_open(file, "numpy") as opened:
+        data = b"".join(name.encode() + opened.get_tensor(name).tobytes() for name in sorted(opened.keys()))
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def differences(before: Path, after: Path) -> list[str]:

@@ -131,5 +131,5 @@ def test_more_right_refusals_dont_pay_for_wrong_ones() -> None:
         monitors = Monitors(5.0, base_scores=base)
         seen = [monitors.after_eval(step, {HELD_OUT_KL: 0.5 - 0.1 * step}, scores, kinds) for step in range(2)]
         assert [best for best, _ in seen] == [better] * 2
-        assert rules([verdicts for _, verdicts in seen]) == ([[], []] if better else [[("measure", False)], [("measure", True)]])
+        assert rules([verdicts for _, verdicts in seen]) == ([[], []] if better else [[("one kind", False)], []])
     assert Monitors(5.0, base_scores=base).after_eval(0, {HELD_OUT_KL: 0.5}, sly)[0]  # without kinds the sum is all that counts
