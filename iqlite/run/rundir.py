@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 
@@ -24,10 +24,10 @@ from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers
 from iqlite.run.journal import Journal
 
-if TYPE_CHECKING:
-    pass
-
 RESULT = "result.json"
+
+FORMAT = 1
+"""Of a run directory, in environment.json (0.1.0 wrote none): raised when an older iqlite couldn't read it any more."""
 
 
 class RunDir(Journal):
@@ -47,7 +47,7 @@ class RunDir(Journal):
             making = cls(path.with_name(f".making-{path.name}"))
             shutil.rmtree(making.path, ignore_errors=True)
             making.path.mkdir(parents=True)
-            making._write(ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+            making._write(ENVIRONMENT, json.dumps({"format": FORMAT, **environment}, indent=2) + "\n")
             making._write(RECIPE, tomli_w.dumps(locked(recipe)))
             if path.exists():
                 shutil.rmtree(path)
@@ -59,7 +59,12 @@ class RunDir(Journal):
         """An existing run; RunError if the folder isn't one."""
         if not is_run(path):
             raise RunError(f"{path} isn't a run directory (it has no {RECIPE} and {ENVIRONMENT}); name one, such as runs/cheerful-135m.")
-        return cls(path)
+        run = cls(path)
+        if run.environment().get("format", FORMAT) > FORMAT:
+            raise RunError(
+                f"{path} was made by a newer iqlite (format {run.environment()['format']}; this one knows {FORMAT}): update iqlite."
+            )
+        return run
 
     @property
     def adapter(self) -> Path:

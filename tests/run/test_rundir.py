@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from iqlite.recipe.schema import Recipe
 from iqlite.records import StepMetrics
 from iqlite.run.files import check_space, free_name
 from iqlite.run.journal import KEPT_CHECKPOINTS
-from iqlite.run.rundir import RunDir
+from iqlite.run.rundir import FORMAT, RunDir
 
 ENVIRONMENT = {"base": {"name": "tiny"}, "prompts": {"sha256": "00"}, "placement": "system"}
 
@@ -25,7 +26,7 @@ def run(make_recipe: Callable[..., Recipe], tmp_path: Path) -> RunDir:
 
 
 def test_a_run_is_made_whole_and_never_overwritten(run: RunDir, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    assert RunDir.open(run.path).environment() == ENVIRONMENT
+    assert RunDir.open(run.path).environment() == {"format": FORMAT, **ENVIRONMENT}
     with pytest.raises(RunError, match="exists already: go on with --resume, replace it with --force"):
         RunDir.create(run.path, make_recipe(), ENVIRONMENT)
     (run.path / "old.txt").write_text("from before")
@@ -36,6 +37,13 @@ def test_a_run_is_made_whole_and_never_overwritten(run: RunDir, make_recipe: Cal
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="can't be written"):
         RunDir.create(tmp_path / "file" / "run", make_recipe(), ENVIRONMENT)
+
+
+def test_a_run_of_a_newer_iqlite_is_refused_and_one_without_a_format_opens(run: RunDir) -> None:
+    for made, opens in (({}, True), ({"format": FORMAT}, True), ({"format": FORMAT + 1}, False)):
+        (run.path / "environment.json").write_text(json.dumps(made | ENVIRONMENT))
+        with contextlib.nullcontext() if opens else pytest.raises(RunError, match="made by a newer iqlite"):
+            RunDir.open(run.path)
 
 
 def test_what_json_has_no_number_for_is_null(run: RunDir) -> None:
