@@ -289,7 +289,7 @@ def test_a_whole_run_through_the_command_line(
     code, _, err = iqlite("train", "recipe.toml", "--out", "precious/thesis.txt", "--force")
     assert code == 2 and "won't delete" in err and (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
     code, _, err = iqlite("compare", "runs/recipe", "--adapter", "elsewhere")
-    assert code == 2 and "--adapter 'elsewhere'" in err
+    assert code == 2 and "--which 'elsewhere'" in err
     code, _, err = iqlite("compare", "precious")
     assert code == 2 and "isn't a run directory" in err
     code, out, _ = iqlite("compare", "runs/recipe", "--seeds", "2")
