@@ -23,7 +23,7 @@ from iqlite.places import RUNS
 from iqlite.recipe.reading import load_recipe as load_file
 from iqlite.recipe.reading import parse_recipe
 from iqlite.recipe.schema import Recipe
-from iqlite.run.files import check_space, free_name, write_whole
+from iqlite.run.files import check_space, free_name
 from iqlite.run.findings import AIM
 from iqlite.run.rundir import RunDir
 
@@ -78,13 +78,14 @@ def begin(
     `force` replaces a folder, and goes on where memory seems too small or the target points the wrong way. AimError, with nothing written, where it
     does; RunError for a folder that is there or can't be resumed.
     """
+    listener = listener or Quiet()
+    path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
+    existing = _existing(path, resume=resume, force=force)  # what can't be is said before torch is imported
+
     from iqlite.aim.look import WRONG
     from iqlite.machine.sizes import within_memory
     from iqlite.training.opening import environment, open_session
 
-    listener = listener or Quiet()
-    path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
-    existing = _existing(path, resume=resume, force=force)
     placement = existing.environment()["placement"] if existing else None
     with within_memory(recipe, "with --set, and start again with --force"):
         session = open_session(recipe, say=listener.note, placement=placement, must_fit=not (force or resume))
@@ -97,7 +98,7 @@ def begin(
     seen = _look(session, listener, force=force)
     run = RunDir.create(path, recipe, found, force=force)
     if seen:
-        write_whole(run.path / AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
+        run.write(AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
     return session, run
 
 

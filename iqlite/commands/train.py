@@ -57,12 +57,14 @@ def train(
         console.print(f"[yellow]{clean(note)}[/]")
 
     from iqlite.api import begin
+
+    with counting(console, "looking where the target points") as bar:
+        session, run = begin(recipe, out, resume=resume, force=force, listener=_Begins(console, recipe, bar))
+
     from iqlite.machine.sizes import within_memory
     from iqlite.training.loop import train as run_steps
     from iqlite.training.progress import TrainingView, finish_the_step
 
-    with counting(console, "looking where the target points") as bar:
-        session, run = begin(recipe, out, resume=resume, force=force, listener=_Begins(console, recipe, bar))
     total, first = recipe.total_steps(len(session.train)), run.last_step() + 1
     facts(console, derived(recipe, session, run.path, total, session.policy.size))
     with (

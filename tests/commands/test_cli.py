@@ -44,9 +44,18 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_help_recipes_and_misspelt_paths_import_no_torch() -> None:
+def test_help_recipes_plans_and_misspelt_paths_import_no_torch(tmp_path: Path) -> None:
     misspelt = ("train nothing.toml", "probe nothing.toml", "compare nothing", "merge nothing -o x", "chat runs/nothing")
-    for command in (["--help"], ["train", "--help"], ["--version"], ["recipe"], *map(str.split, misspelt)):
+    there = ["train", "cheerful-135m", "--out", str(tmp_path)]  # a folder that exists, and is no run
+    for command in (
+        ["--help"],
+        ["train", "--help"],
+        ["--version"],
+        ["recipe"],
+        ["plan", "cheerful-135m"],
+        there,
+        *map(str.split, misspelt),
+    ):
         code = (
             f"import sys; sys.argv = ['iqlite', *{command!r}]\nfrom iqlite.cli import main\ntry: main()\nexcept SystemExit: pass\n"
             f"sys.exit(sorted(set({HEAVY!r}) & set(sys.modules)) or 0)"
