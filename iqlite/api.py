@@ -16,16 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from iqlite.errors import AimError, RunError
+from iqlite.errors import AimError, PromptsError, RunError
 from iqlite.places import RUNS
 from iqlite.recipe.reading import load_recipe as load_file
-from iqlite.recipe.reading import parse_recipe
+from iqlite.recipe.reading import overridden, parse_recipe
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import check_space, free_name
-from iqlite.run.findings import AIM
-from iqlite.run.rundir import RunDir
+from iqlite.run.findings import AIM, JUDGEMENTS
+from iqlite.run.rundir import RunDir, check_replaceable
 
 if TYPE_CHECKING:
     from iqlite.aim.look import Look
@@ -66,7 +66,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     `overrides` are "table.key=value" as after --set; relative paths in tables are looked up in `beside`. RecipeError says what is wrong.
     """
     if isinstance(source, Mapping):
-        return parse_recipe(dict(source), Path(beside) / "recipe.toml")
+        return parse_recipe(overridden(source, overrides), Path(beside) / "recipe.toml")
     return load_file(Path(source), overrides)
 
 
@@ -114,10 +114,12 @@ def train(
 
     What the command line prints, monitors' verdicts included, stands in the run's metrics and in `Run.result`.
     """
+    from iqlite.machine.sizes import within_memory
     from iqlite.training.loop import train as run_steps
 
     session, run = begin(recipe, out, resume=resume, force=force)
-    run_steps(session, run, _Told(progress))
+    with within_memory(recipe, "in the recipe"):
+        run_steps(session, run, _Told(progress))
     return Run(run)
 
 
@@ -182,18 +184,24 @@ class Run:
         A prompt is a text, or chat turns. `temperature` 0 is greedy; `tokens` at most, as in training without it. The same seed gives the same answer.
         """
         from iqlite.chat.superior import superior_answers
+        from iqlite.machine.sizes import within_memory
         from iqlite.model.sampling import Sampler
 
+        if by not in get_args(Voice):
+            raise RunError(f"by={by!r} isn't one of {', '.join(get_args(Voice))}.")
+        if not prompts:
+            return []
         session = self.session
-        requests = [({"role": "user", "content": one},) if isinstance(one, str) else tuple(one) for one in prompts]
+        if by == "prompted" and session.wanted is None:
+            raise RunError(f"{self.path}: this run has no description to prompt the base with; ask by='base', 'policy' or 'superior'.")
+        requests = [self._request(one) for one in prompts]
         sampler = Sampler(seed, tokens or session.recipe.rollout.max_new_tokens, temperature, top_p, "answer")
-        if by == "superior":
-            rollout = superior_answers(session, requests, sampler)
-        elif by in ("policy", "base", "prompted"):
-            role, told = ("policy", None) if by == "policy" else ("reference", session.wanted if by == "prompted" else None)
-            rollout = session.answers(role, requests, sampler, description=told)
-        else:
-            raise RunError(f"by={by!r} isn't one of policy, base, prompted, superior.")
+        with within_memory(session.recipe, "in that file, and ask again"):
+            if by == "superior":
+                rollout = superior_answers(session, requests, sampler)
+            else:
+                role = "policy" if by == "policy" else "reference"
+                rollout = session.answers(role, requests, sampler, description=session.wanted if by == "prompted" else None)
         return [session.chat.text(rollout.response_ids(row)) for row in range(len(requests))]
 
     def rewards(self, prompt: str | Messages, answer: str) -> list[TokenReward]:
@@ -202,26 +210,40 @@ class Run:
         from iqlite.recipe.pairs import answer_ids
 
         session = self.session
-        request = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
         ids = answer_ids(session.chat, answer)
-        found = Speaker(session.policy, session.chat, True, session).rewards(request, ids)
-        texts = [session.chat.tokenizer.decode([one]) for one in ids]
-        return [TokenReward(*one) for one in zip(texts, found["described"], found["trained"], strict=True)]
+        found = Speaker(session.policy, session.chat, True, session).rewards(self._request(prompt), ids)
+        return [TokenReward(*one) for one in zip(session.chat.pieces(ids), found["described"], found["trained"], strict=True)]
 
     def compare(self, *others: Run, judge: str | None = None, seeds: int = 3, count: int | None = None, safety: bool = False) -> Comparison:
-        """This run beside its base, the prompted base and other runs of one base, on held-out prompts; by the recipe's measure or another's name.
+        """This run beside its base, the prompted base and other runs of one base, on held-out prompts; by the recipe's measure, another's name,
+        reward:NAME or URL#MODEL.
 
         What is found is also kept in the run, as `iqlite compare` does.
         """
         from rich.console import Console
 
         from iqlite.evaluation.compare import Question, compare
+        from iqlite.evaluation.judges import named, rubric_of
+        from iqlite.scoring.measures import NAMES
         from iqlite.terminal import Watch
 
+        judging = named(judge, rubric_of(self.recipe), self.path / JUDGEMENTS) if judge and judge not in NAMES else None
+        self.__dict__.pop("session", None)  # one base in memory at a time
         question = Question(seeds=seeds, count=count, safety=safety)
-        found = compare([self.folder, *(other.folder for other in others)], question, judge, None, Watch(Console(quiet=True)))
+        found = compare([self.folder, *(other.folder for other in others)], question, judge, judging, Watch(Console(quiet=True)))
         found.keep(self.folder)
         return found
+
+    def _request(self, prompt: str | Messages) -> Messages:
+        """A prompt as a request of at most what the base's context has room for; PromptsError for what is none."""
+        from iqlite.recipe.prompts import parse_request
+        from iqlite.training.opening import room_of
+
+        request = parse_request(prompt)
+        if request is None:
+            raise PromptsError(f"{str(prompt)[:80]!r} isn't a prompt: give a text, or chat turns that end with the user's.")
+        session = self.session
+        return session.chat.cut(request, room_of(session.recipe, session.chat, session.policy.base))
 
 
 class _Told:
@@ -244,8 +266,7 @@ def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
         raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
     if resume:
         return RunDir.open(path)
-    if path.exists() and not force:
-        raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
+    check_replaceable(path, force=force)
     return None
 
 

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import platformdirs
 
+from iqlite.errors import IqliteError
+
 RUNS = Path("runs")
 """Where runs go that nobody gives a place."""
 
 
 RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
 """What a run directory holds from its first moment on."""
+
+
+def exists(path: Path) -> bool:
+    """True if there is something; IqliteError where the system won't say (a name that is too long, a folder that can't be looked into)."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise IqliteError(f"{str(path)[:200]} can't be looked at ({error.strerror}): name another path.") from None
 
 
 def is_run(path: Path) -> bool:

@@ -27,7 +27,7 @@ from iqlite.training.session import Session
 FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; our choice
 A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
 SHORT = 32  # tokens of an answer: enough to tell a tone or a refusal; our choice
-LONG = {"shorter": 192}  # by measure: where more is needed; a cut answer can't be longer than another
+BY_LENGTH = ("shorter",)  # measures that need whole answers, as long as in training: a cut one can't be longer than another
 STRICT = 2  # comparisons' worth of doubt before a verdict is given: a 97.5 % interval
 RIGHT, NONE, WRONG = "right", "none", "wrong"
 
@@ -128,7 +128,7 @@ def look_sampler(session: Session) -> Sampler:
 
 def look_tokens(recipe: Recipe) -> int:
     """Tokens of a look's answers at most: those that it takes to tell by the recipe's measure."""
-    return LONG.get(recipe.judge.measure) or min(SHORT, recipe.rollout.max_new_tokens)
+    return recipe.rollout.max_new_tokens if recipe.judge.measure in BY_LENGTH else min(SHORT, recipe.rollout.max_new_tokens)
 
 
 def signed(estimate: Estimate) -> str:

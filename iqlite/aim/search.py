@@ -252,8 +252,7 @@ class _Search:
         return collect(session, None, who, asked.requests, [self._sampler(self.seed)], _nobody, strangeness=strangeness)[0]
 
     def _sampler(self, seed: int) -> Sampler:
-        tokens = min(look_tokens(self.session.recipe), self.session.recipe.rollout.max_new_tokens)
-        return Sampler(seed, tokens, 0.7, 0.9, "improve")
+        return Sampler(seed, look_tokens(self.session.recipe), 0.7, 0.9, "improve")
 
 
 def with_demonstrations(best: Candidate, found: Sequence[Demonstration]) -> Iterator[Candidate]:
@@ -315,8 +314,7 @@ def changed(
     """The candidate with some keys of its recipe changed; `only` forgets the estimator's other settings."""
     recipe = best.recipe
     table = recipe.superior.model_copy(update=superior or {})
-    if settings:
-        table.__pydantic_extra__ = ({} if only else {**(recipe.superior.model_extra or {})}) | settings
+    table = table.with_settings(settings, only=only) if settings else table
     new: Behavior = recipe.behavior.model_copy(update=behavior or {})
     before = "" if best.what == "as it stands" else f"{best.what}, "
     return Candidate(before + what, recipe.model_copy(update={"behavior": new, "superior": table}), best.placement)

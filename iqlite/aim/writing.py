@@ -18,7 +18,7 @@ from iqlite.recipe.prompts import load_prompts
 from iqlite.recipe.reading import load_recipe, recipe_data
 from iqlite.recipe.schema import Recipe, settings_of
 from iqlite.run.files import free_name
-from iqlite.run.rundir import locked
+from iqlite.run.rundir import with_absolute_paths
 
 SHIPPED = {
     "train": Path("prompts/harmful.jsonl"),
@@ -50,7 +50,6 @@ def two_sided(recipe: Recipe) -> tuple[Recipe, str]:
         said.append("judge.measure is harmless, since refusal alone would be pleased by a model that refuses everything")
     judge = recipe.judge.model_copy(update={"measure": "harmless"})
     new = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=changed), "judge": judge})
-    object.__setattr__(new, "_path", recipe.path)
     return new, "; ".join(said)
 
 
@@ -77,7 +76,7 @@ def write(path: Path, old: Recipe, overrides: Sequence[str], found: Improved, re
     best = found.best
     data = recipe_data(old.path, overrides)
     if path.parent.resolve() != old.folder.resolve():  # relative paths would mean something else there
-        data |= {table: locked(old)[table] for table in ("model", "prompts")}
+        data = with_absolute_paths(data, old.folder)
     _put(data, best)
     text = "".join(f"# {line}\n" for line in reason) + "\n" + tomli_w.dumps(data)
     making = path.with_name(f".making-{path.name}")

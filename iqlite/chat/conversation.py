@@ -17,7 +17,7 @@ from rich.text import Text
 from iqlite.chat.speaker import Speaker
 from iqlite.errors import IqliteError, RecipeError, RunError
 from iqlite.model.sampling import Sampler
-from iqlite.places import cache_folder
+from iqlite.places import cache_folder, exists
 from iqlite.records import Messages
 from iqlite.terminal import WordWrap, clean, harmless
 
@@ -188,7 +188,7 @@ class Conversation:
     def scale(self, rest: str) -> None:
         """/scale 0.5: how much of the adapter is added to the base"""
         factor = self._number(rest, "/scale 0.5")
-        if "policy" not in self.speaker.voices or abs(factor) > 100:
+        if "policy" not in self.speaker.voices or not abs(factor) <= 100:
             raise RunError("/scale needs an adapter, and a factor up to 100.")
         self.speaker.policy.scale_adapter(factor)
         self._confirm(f"the policy is the base and {factor:g} times what was trained")
@@ -227,7 +227,7 @@ class Conversation:
             raise RunError("/why needs descriptions: chat with a recipe or a run.")
         if not self.last:
             raise RunError("there is no answer yet to explain.")
-        pieces = self._pieces()
+        pieces = self.speaker.chat.pieces(self.last)
         for name, rewards in self.speaker.rewards(self.read, self.last).items():
             figures = f"mean {sum(rewards) / len(rewards):+.3f}, from {min(rewards):+.2f} to {max(rewards):+.2f}"
             self.console.print(f"[bold]{WHY[name]}[/] [dim]({figures})[/]")
@@ -244,7 +244,7 @@ class Conversation:
     def save(self, rest: str) -> None:
         """/save FILE: the conversation as JSON"""
         path = Path(rest or "chat.json").expanduser()
-        if path.exists():
+        if exists(path):
             raise RunError(f"{path} exists already: name another file.")
         try:
             path.write_text(json.dumps({"messages": self.turns(self.voice, self.exchanges)}, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -282,15 +282,6 @@ class Conversation:
             return float(rest)
         except ValueError:
             raise RecipeError(f"{rest!r} isn't a number: type {example}.") from None
-
-    def _pieces(self) -> list[str]:
-        """The text that each token of the last answer added."""
-        pieces, before = [], ""
-        for end in range(1, len(self.last) + 1):
-            text = self.speaker.chat.tokenizer.decode(self.last[:end])
-            pieces.append(text[len(before) :])
-            before = text
-        return pieces
 
 
 def coloured(pieces: list[str], rewards: list[float]) -> Text:

@@ -17,8 +17,7 @@ from iqlite.device import here
 from iqlite.errors import BaseError, RecipeError
 from iqlite.machine.fit import CPU_SHARE
 from iqlite.machine.here import usable_memory
-from iqlite.method.loss import spans
-from iqlite.method.objectives import of_tokens
+from iqlite.method.loss import logps_of_tokens
 from iqlite.model.decoding import draw
 from iqlite.model.policy import Policy
 from iqlite.model.sampling import Sampler
@@ -43,9 +42,9 @@ class Speaker:
     fold: bool = False
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, adapter: Path | None, placement: str | None, say: object) -> Speaker:
+    def of_recipe(cls, recipe: Recipe, adapter: Path | None, placement: str | None, say: Callable[[str], None]) -> Speaker:
         """A recipe's base; with an adapter, its policy too."""
-        session = open_session(recipe, start=adapter, placement=placement, say=say)  # type: ignore[arg-type]
+        session = open_session(recipe, start=adapter, placement=placement, say=say)
         adapted = adapter is not None or recipe.adapter.start is not None
         return cls(session.policy, session.chat, adapted, session, session.sizes.fold)
 
@@ -99,22 +98,14 @@ class Speaker:
         assert session is not None
         tokens_BT = torch.tensor([ids])
         rollout = Rollout((0,), (turns,), (tuple(self.chat.ids(turns)),), tokens_BT, tokens_BT >= 0, torch.tensor([True]))
-        which = list(readings(session.recipe, session.placement, "base"))
-        which += [Reading("policy", "policy")] if self.adapted else []
-        hidden = read(self.policy, self.chat, rollout, which, session.sizes).hidden
-        found: dict[str, list[float]] = {"described": []}
-        head = self.policy.head
-        with torch.no_grad():
-            for at in spans(len(ids), session.sizes.chunk_tokens):
-                chunk = {name: states_BTD[0, at] for name, states_BTD in hidden.items()}
-                superior_nV, reference_nV, _ = session.scoring(head, chunk)
-                tokens_n = tokens_BT[0, at].to(reference_nV.device)
-                reference_n = of_tokens(reference_nV, tokens_n)
-                found["described"] += (of_tokens(superior_nV, tokens_n) - reference_n).tolist()
-                if self.adapted:
-                    policy_n = of_tokens(head(chunk["policy"]).log_softmax(-1), tokens_n)
-                    found.setdefault("trained", []).extend((policy_n - reference_n).tolist())
-        return found
+        which = [*readings(session.recipe, session.placement, "base"), *([Reading("policy", "policy")] if self.adapted else [])]
+        hidden = {name: states_BTD[0] for name, states_BTD in read(self.policy, self.chat, rollout, which, session.sizes).hidden.items()}
+        policy_TD = hidden.pop("policy", hidden["reference"])
+        policy_n, reference_n, superior_n = logps_of_tokens(
+            self.policy.head, policy_TD, tokens_BT[0], hidden, session.scoring, chunk_tokens=session.sizes.chunk_tokens
+        )
+        found = {"described": (superior_n - reference_n).tolist()}
+        return found | ({"trained": (policy_n - reference_n).tolist()} if self.adapted else {})
 
     def shortened(self, turns: Messages, new: int) -> Messages:
         """The turns, without the oldest if they'd leave no room for an answer of `new` tokens in the base's context."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -83,12 +82,13 @@ def chat(
 
 def _aim(target: str | None, name: str) -> str:
     """What is known of where the superior policy points: of a run, what was seen before it was trained."""
+    from iqlite.run.files import read_json
     from iqlite.run.findings import AIM
 
     file = Path(target or name) / AIM
     if not file.is_file():
         return f"this is what training would aim at; whether it is better by the recipe's measure, iqlite probe {shlex.quote(name)} tells"
-    aim = json.loads(file.read_text("utf-8"))
+    aim = read_json(file)
     said = {"right": "points the right way", "wrong": "points the wrong way", "none": "had no effect beyond chance"}[aim["verdict"]]
     means = ", ".join(f"{who} {score:.2f}" for who, score in aim["scores"].items())
     return f"this is what training aimed at; by {aim['measure']} it {said} ({means})"

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = 400  # characters of an example answer
 UNREAD = 0.1  # share of a judge's verdicts that may be unreadable without a warning; our choice
-JUDGEMENTS = "judgements.jsonl"
 
 
 EXAMPLES = (
@@ -93,8 +92,7 @@ def compare(
     names = tuple(name.strip() for name in others.split(",") if name.strip())
     check_names(names)
     recipe = runs[0].recipe()
-    wanted = [text for text in (recipe.behavior.wanted, *(p.wanted for p in recipe.behavior.mixture)) if text]
-    judging = _judge(judge, rubric_of(recipe.judge.rubric, wanted), runs[0], console) if judge and judge not in NAMES else None
+    judging = _judge(judge, rubric_of(recipe), runs[0], console) if judge and judge not in NAMES else None
 
     from iqlite.evaluation.compare import Question
     from iqlite.evaluation.compare import compare as run_comparison
@@ -258,6 +256,7 @@ def _checkpoints(runs: Sequence[RunDir], *, judge: str | None, as_json: bool, co
 def _judge(name: str, rubric: str, run_dir: RunDir, console: Console) -> Any:
     """The judge behind a name that isn't a code measure; RunError for one that there isn't."""
     from iqlite.evaluation.judges import Human, Kept, named
+    from iqlite.run.findings import JUDGEMENTS
     from iqlite.scoring.measures import NAMES
 
     if name == "me":

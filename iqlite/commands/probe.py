@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from iqlite.scoring.intervals import Array
 
 EXAMPLE = 160
-VERDICTS = "judgements.jsonl"
-LONGEST = 256  # tokens of an answer of a pair that are read
 
 
 EXAMPLES = (
@@ -87,6 +85,7 @@ def _probe(
     from iqlite.recipe.wording import lint
     from iqlite.scoring.intervals import FEWEST
     from iqlite.scoring.measures import DESCRIBED, HARMLESS, OWN_EYE
+    from iqlite.training.measuring import LONGEST
     from iqlite.training.opening import open_session
     from iqlite.training.order import spread, spread_by_kind
 
@@ -182,8 +181,9 @@ def _improve(
     from iqlite.aim.search import improve as run_search
     from iqlite.aim.writing import out_path, two_sided, write
     from iqlite.chat.superior import check_heard
-    from iqlite.evaluation.judges import RewardModel, named, rubric_of
+    from iqlite.evaluation.judges import RewardModel, named, rubric_of, without_password
     from iqlite.machine.sizes import within_memory
+    from iqlite.run.findings import JUDGEMENTS
     from iqlite.training.measuring import measured
     from iqlite.training.opening import open_session
 
@@ -191,7 +191,7 @@ def _improve(
     check_heard(recipe)
     path = out_path(recipe, out)
     recipe, added = two_sided(recipe)
-    judging = named(judge, rubric_of(recipe.judge.rubric, [recipe.behavior.wanted or ""]), cache_folder() / VERDICTS) if judge else None
+    judging = named(judge, rubric_of(recipe), cache_folder() / JUDGEMENTS) if judge else None
     with within_memory(recipe, "with --set, and probe again"):
         session = open_session(recipe, say=lambda text: console.print(f"[dim]{text}[/]"))
         for note in (*session.notes, *([f"added: {added}."] if added else [])):
@@ -214,7 +214,7 @@ def _improve(
             )
 
         found = run_search(session, score, minutes, lambda text: console.print(f"[dim]{text}[/]"), tried, recipe.train.seed)
-    name = judge or recipe.judge.measure
+    name = without_password(judge) if judge else recipe.judge.measure
     kept = found.after.difference.value > found.before.difference.value and found.after.verdict == RIGHT
     reason = [
         f"Made by iqlite probe {recipe.path.name} --improve: {found.best.what}.",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from iqlite.base.identity import ADAPTER_WEIGHTS
 from iqlite.commands.options import Json, Set
@@ -58,8 +58,8 @@ def train(
 
     from iqlite.api import begin
 
-    with counting(console, "looking where the target points") as bar:
-        session, run = begin(recipe, out, resume=resume, force=force, listener=_Begins(console, recipe, bar))
+    with ExitStack() as bars:
+        session, run = begin(recipe, out, resume=resume, force=force, listener=_Begins(console, recipe, bars))
 
     from iqlite.machine.sizes import within_memory
     from iqlite.training.loop import train as run_steps
@@ -81,19 +81,21 @@ def train(
 class _Begins:
     """What a person sees of a run before its first step."""
 
-    def __init__(self, console: Console, recipe: Recipe, bar: Progress):
-        self.console, self.recipe, self.bar = console, recipe, bar
+    def __init__(self, console: Console, recipe: Recipe, bars: ExitStack):
+        self.console, self.recipe, self.bars = console, recipe, bars
 
     def note(self, text: str) -> None:
         self.console.print(f"[dim]{clean(text)}[/]")
 
     def looking(self, total: int) -> Callable[[int], None]:
-        task = self.bar.add_task("", total=total)
-        return lambda rows: self.bar.advance(task, rows)
+        bar = self.bars.enter_context(counting(self.console, "looking where the target points"))  # not while a base is downloaded
+        task = bar.add_task("", total=total)
+        return lambda rows: bar.advance(task, rows)
 
     def looked(self, look: Look | None, why_not: str) -> None:
         from iqlite.aim.look import RIGHT, WRONG, sentence
 
+        self.bars.close()
         if look is None:
             if why_not:
                 self.note(f"aim: {why_not}")
@@ -139,6 +141,7 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
         + (f"; {len(session.contrary)} contrary ones, {recipe.contrary_per_step} a step" if session.contrary else ""),
         "judged by": recipe.judge.measure,
         "steps": f"{total} of {rollout.prompts_per_step} prompts × at most {rollout.max_new_tokens} tokens ({passes:.1f} passes over the prompts)",
+        "samples": f"shown on the way, drawn at temperature {rollout.temperature:g} as in training; compare and chat take 0.7",
         "memory": f"{peak_gib(session.policy.device):.1f} GiB in use once loaded",
         "run": str(path),
     } | ({"note": " ".join(session.notes)} if session.notes else {})  # fmt: skip

@@ -27,12 +27,13 @@ from iqlite.evaluation.figures import (
     wins_by_judge,
     wins_by_score,
 )
-from iqlite.evaluation.judges import Human, ModelJudge, RewardModel
+from iqlite.evaluation.judges import Human, ModelJudge, RewardModel, without_password
 from iqlite.evaluation.safety import Item, check, load_items
 from iqlite.machine.sizes import within_memory
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import load_asked
 from iqlite.records import Prompts
+from iqlite.run.files import read_json
 from iqlite.run.findings import AIM, COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
 from iqlite.run.rundir import RunDir, check_adapter_of
 from iqlite.scoring.intervals import Array, elo, outcomes
@@ -114,6 +115,8 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
     Faults of files, names and runs are raised before the base is loaded.
     """
     run, adapter, recipe = runs[0], runs[0].trained(question.which), runs[0].recipe()
+    if judge and judge not in NAMES and judging is None:
+        raise RunError(f"--judge {without_password(judge)!r} isn't one of {', '.join(NAMES)}, me, reward:NAME, URL#MODEL.")
     measure = judge if judge in NAMES else recipe.judge.measure
     items = load_items(question.safety_set) if question.safety else []
     outside = question.prompts == OUTSIDE and not OUTSIDE.exists()
@@ -169,7 +172,7 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
         kinds={name: by_kind(repeated, [a.answer for seed in given for a in seed]) for name, given in answers.items()}
         if measure == HARMLESS
         else {},
-        aim=json.loads((run.path / AIM).read_text("utf-8")) if (run.path / AIM).is_file() else None,
+        aim=read_json(run.path / AIM) if (run.path / AIM).is_file() else None,
         categories=by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
         safety=_safety(session, run, {"base": who[0], TRAINED: who[-1]}, items, question, watch) if items else None,
         judging={"asked": judging.asked, "malformed": judging.malformed, "tokens": judging.tokens}
@@ -182,8 +185,7 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
 
 def _asked(session: Session, question: Question, given: Prompts | None, measure: str, outside: bool) -> tuple[Prompts, list[int]]:
     """(the prompts that are asked, their numbers in their set)."""
-    own = session.eval + session.contrary_eval if measure == HARMLESS and session.contrary_eval else session.eval
-    asked = session.outside if outside and session.outside else own
+    asked = session.outside if outside and session.outside else session.asked_by(measure)
     if given:
         room = room_of(session.recipe, session.chat, session.policy.base)
         asked = session.chat.shorten(given, room, str(question.prompts), "--prompts")

@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import HttpUrl
 
 from iqlite.base.hub import somebody_answers
 from iqlite.errors import RunError
+from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages
 from iqlite.run.files import explained
 
@@ -52,13 +53,13 @@ class Kept:
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[str, float] = {}
-        for line in path.read_text("utf-8").split("\n") if path.is_file() else []:
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             try:
                 row = json.loads(line) if line else None
-            except ValueError:  # the line that a kill cut in two
+                if row is not None:
+                    self._found[row["of"]] = float(row["verdict"])
+            except (ValueError, KeyError, TypeError):  # the line that a kill cut in two, or one that isn't a verdict
                 continue
-            if row is not None:
-                self._found[row["of"]] = row["verdict"]
 
     def get(self, *of: str) -> float | None:
         """The verdict, if there is one."""
@@ -74,12 +75,6 @@ class Kept:
     @staticmethod
     def _key(of: Sequence[str]) -> str:
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
-
-
-class Pairwise(Protocol):
-    """Who is better of two."""
-
-    def prefers(self, request: Messages, first: str, second: str) -> float: ...
 
 
 @dataclass
@@ -289,9 +284,10 @@ def without_password(url: str) -> str:
     return re.sub(r"//[^/#]*@", "//", url)
 
 
-def rubric_of(rubric: str, wanted: Sequence[str]) -> str:
-    """What a judging model is told to look for."""
-    return rubric or f"Prefer the answer that better fits this description of the assistant: {' '.join(wanted)}"
+def rubric_of(recipe: Recipe) -> str:
+    """What a judging model is told to look for: the recipe's own words, or what all its behaviours want."""
+    wanted = [text for text in (recipe.behavior.wanted, *(one.wanted for one in recipe.behavior.mixture)) if text]
+    return recipe.judge.rubric or f"Prefer the answer that better fits this description of the assistant: {' '.join(wanted)}"
 
 
 def named(judge: str, rubric: str, kept: Path) -> Any | None:

@@ -76,8 +76,10 @@ def staying(objective: Callable[[Chunk], Loss]) -> Callable[[Chunk], Loss]:
 
     def both(chunk: Chunk) -> Loss:
         loss_n, metrics = objective(chunk)
-        if chunk.contrary_n is not None:
-            loss_n = forward_kl(chunk)[0].where(chunk.contrary_n, loss_n)
+        if chunk.contrary_n is not None and bool(chunk.contrary_n.any()):
+            at = chunk.contrary_n
+            loss_n = loss_n.clone()
+            loss_n[at] = kl(chunk.logp_superior_nV[at], chunk.logp_policy_nV[at])
         return loss_n, metrics
 
     return both

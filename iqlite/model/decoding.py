@@ -1,7 +1,7 @@
 """The one decoding loop: the next tokens of many answers at once, each predicted from one reading of its request or from several.
 
 A reading is what the model is given before an answer: the plain request, or the request under a description. All readings of all
-requests are rows of one batch; what a reading's requests begin with is read once (`Policy.begun`) and stands before its rows.
+requests are rows of one batch; what a reading's requests begin with is read once (`Forward.begun`) and stands before its rows.
 Knows nothing of rollouts, sessions and recipes. Prompts are padded on the left here, with position ids that follow the mask.
 """
 

@@ -98,6 +98,18 @@ class Chat:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds to those before it: decoded alone, many tokens lose their space or half a character."""
+        found, before = [], ""
+        for end in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(list(ids[:end]))
+            if text.endswith("\ufffd") and end < len(ids):  # half a character waits for its other half
+                found.append("")
+                continue
+            found.append(text[len(before) :])
+            before = text
+        return found
+
     def shorten(self, prompts: Prompts, longest: int, source: str, key: str) -> Prompts:
         """Cuts over-long requests from the left (earlier turns first, then the last turn's beginning) to `longest` tokens.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import shlex
 import tomllib
@@ -12,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from iqlite.errors import RecipeError
-from iqlite.places import RECIPE, is_run, shipped_recipes
+from iqlite.places import RECIPE, exists, is_run, shipped_recipes
 from iqlite.recipe.faults import explain
 from iqlite.recipe.schema import Recipe
 
@@ -27,7 +28,7 @@ def recipe_file(path: Path) -> Path:
     """The file that a path means: what is there, else the shipped recipe of that name (`cheerful-135m`, `recipes/cheerful-135m.toml`)."""
     shipped = shipped_recipes() / f"{path.name.removesuffix('.toml')}.toml"
     named = path.suffix == ".toml" or len(path.parts) == 1
-    return shipped if named and shipped.is_file() and not path.exists() else path
+    return shipped if named and shipped.is_file() and not exists(path) else path
 
 
 def recipe_data(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -49,9 +50,15 @@ def recipe_data(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path} isn't UTF-8 text; name a recipe in TOML.") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} isn't valid TOML: {error}.") from None
+    return overridden(data, overrides)
+
+
+def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe's data, changed as by `--set`; RecipeError for what isn't table.key=value."""
+    changed: dict[str, Any] = copy.deepcopy(dict(data))
     for override in overrides:
-        _override(data, override)
-    return data
+        _override(changed, override)
+    return changed
 
 
 def parse_recipe(data: Mapping[str, Any], path: Path) -> Recipe:

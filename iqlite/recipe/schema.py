@@ -129,6 +129,12 @@ class Superior(Table):
         """The estimator's settings, defaults included."""
         return settings_of(ESTIMATORS[self.estimator]) | dict(self.model_extra or {})
 
+    def with_settings(self, changed: Mapping[str, float], *, only: bool = False) -> Superior:
+        """The same table with some settings changed; `only` forgets the others that were given."""
+        new = self.model_copy()
+        new.__pydantic_extra__ = ({} if only else dict(self.model_extra or {})) | dict(changed)
+        return new
+
 
 class Objective(Table):
     """`[objective]`: what the update minimises; the objective's own settings stand here too."""

@@ -12,12 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from iqlite.errors import RunError
+from iqlite.errors import RunError, first_line
+from iqlite.places import exists
 
 
 def json_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with null for what JSON has no number for: nan and the infinities."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; RunError for a file that holds none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} can't be read ({first_line(error)}): put it back from a copy, or start anew with another --out.") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds no JSON object: put it back from a copy, or start anew with another --out.")
+    return found
 
 
 @contextmanager
@@ -67,7 +79,7 @@ def check_place(path: Path, mark: str, *, force: bool) -> None:
     """RunError unless a new file or folder can be put at `path`: `force` replaces a file, or a folder that holds `mark`."""
     if path.name in ("", ".."):
         raise RunError(f"-o {path} is where you are, or above: name a folder or file of its own.")
-    if not path.exists():
+    if not exists(path):
         return
     if not force:
         raise RunError(f"{path} exists already: replace it with --force, or name another -o.")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from iqlite.records import HELD_OUT_KL
+from iqlite.run.files import read_json
 from iqlite.run.rundir import RunDir
 
 COMPARISON, SAFETY = "compare", "safety"
+JUDGEMENTS = "judgements.jsonl"  # verdicts of a judging model, or a person's
 AIM = "aim.json"  # what the look before training found
 HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
 
@@ -38,11 +39,11 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     if evaluated and evaluated[0].get("eval/measure") is not None:
         found["held_out_measure"] = {"of": run.recipe().judge.measure, "base": last["eval/measure_base"], "after": last["eval/measure"]}
     if (run.path / AIM).is_file():
-        found["aim"] = json.loads((run.path / AIM).read_text("utf-8"))
+        found["aim"] = read_json(run.path / AIM)
     compared: dict[str, Any] = {}
     checked: dict[str, Any] = {}
     for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
-        one = json.loads(file.read_text("utf-8"))
+        one = read_json(file)
         if one.get("adapter_sha256") != mine:
             continue
         if file.name.startswith(SAFETY):

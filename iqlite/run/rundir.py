@@ -18,10 +18,10 @@ import tomli_w
 from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError
-from iqlite.places import ENVIRONMENT, RECIPE, is_run
+from iqlite.places import ENVIRONMENT, RECIPE, exists, is_run
 from iqlite.recipe.reading import load_recipe, to_data
 from iqlite.recipe.schema import Recipe
-from iqlite.run.files import explained, json_numbers
+from iqlite.run.files import explained, json_numbers, read_json
 from iqlite.run.journal import Journal
 
 RESULT = "result.json"
@@ -39,11 +39,7 @@ class RunDir(Journal):
         path = path.resolve() if path.is_dir() else path  # "." has no name to rename to
         run = cls(path)
         with explained(path):
-            if path.exists():
-                if not force:
-                    raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
-                if not path.is_dir() or (any(path.iterdir()) and not is_run(path)):
-                    raise RunError(f"{path} isn't a run directory, so --force won't delete it: name another --out.")
+            check_replaceable(path, force=force)
             making = cls(path.with_name(f".making-{path.name}"))
             shutil.rmtree(making.path, ignore_errors=True)
             making.path.mkdir(parents=True)
@@ -60,10 +56,9 @@ class RunDir(Journal):
         if not is_run(path):
             raise RunError(f"{path} isn't a run directory (it has no {RECIPE} and {ENVIRONMENT}); name one, such as runs/cheerful-135m.")
         run = cls(path)
-        if run.environment().get("format", FORMAT) > FORMAT:
-            raise RunError(
-                f"{path} was made by a newer iqlite (format {run.environment()['format']}; this one knows {FORMAT}): update iqlite."
-            )
+        made = run.environment().get("format", FORMAT)
+        if not isinstance(made, int) or made > FORMAT:
+            raise RunError(f"{path} was made by a newer iqlite (format {made}; this one knows {FORMAT}): update iqlite.")
         return run
 
     @property
@@ -106,8 +101,7 @@ class RunDir(Journal):
     def result(self) -> dict[str, Any] | None:
         """How the run ended; None before it has."""
         file = self.path / RESULT
-        found: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
-        return found
+        return read_json(file) if file.is_file() else None
 
     def recipe(self) -> Recipe:
         """The locked recipe."""
@@ -115,8 +109,7 @@ class RunDir(Journal):
 
     def environment(self) -> dict[str, Any]:
         """Versions, device, base and prompts the run was made with."""
-        data: dict[str, Any] = json.loads((self.path / ENVIRONMENT).read_text("utf-8"))
-        return data
+        return read_json(self.path / ENVIRONMENT)
 
     def check_same(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """RunError with what differs, unless a resumed recipe, its base and its prompts are those of the run."""
@@ -152,14 +145,28 @@ def check_adapter_of(run: RunDir, adapter: Path) -> None:
     check_adapter(adapter, Identity.from_record(run.environment()["base"]))
 
 
+def check_replaceable(path: Path, *, force: bool) -> None:
+    """RunError unless a new run can be put at `path`: where nothing is or, with `force`, where a run or an empty folder is."""
+    if not exists(path):
+        return
+    if not force:
+        raise RunError(f"{path} exists already: go on with --resume, replace it with --force, or name another --out.")
+    if not path.is_dir() or (any(path.iterdir()) and not is_run(path)):
+        raise RunError(f"{path} isn't a run directory, so --force won't delete it: name another --out.")
+
+
 def locked(recipe: Recipe) -> dict[str, Any]:
     """The recipe's data with all defaults and with absolute paths, so that it means the same from the run directory."""
-    data = to_data(recipe)
+    return with_absolute_paths(to_data(recipe), recipe.folder)
+
+
+def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe's data, in which paths that were relative to `folder` are absolute."""
 
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(item) for item in value]
-        return str((recipe.folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
 
     for table, keys in {
         "prompts": ("train", "eval", "outside", "contrary"),
@@ -167,9 +174,9 @@ def locked(recipe: Recipe) -> dict[str, Any]:
         "superior": ("adapter", "unwanted_adapter"),
     }.items():
         for key in keys:
-            if key in data[table]:
+            if key in data.get(table, {}):
                 data[table][key] = absolute(data[table][key])
-    base = here(recipe.model.base, recipe.folder)
+    base = here(str(data.get("model", {}).get("base", "")), folder) if data.get("model", {}).get("base") else None
     if base is not None:
         data["model"]["base"] = str(base.resolve())
     return data

@@ -44,7 +44,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         # An untouched policy is the base.
         untouched = step == 0 and session.recipe.adapter.start is None
         base = texts if untouched else _texts_of_base(session, measure == HARMLESS and "contrary" in answers)
-        monitors.base_scores, monitors.base_measure = measured(session, measure, asked, base).tolist(), measure
+        monitors.judged_by(measure, measured(session, measure, asked, base).tolist())
     values |= {"eval/measure": float(score_P.mean()), "eval/measure_base": stats.fmean(monitors.base_scores)}
     if measure == HARMLESS:
         values |= {f"eval/{kind}_right_share": yes / of for kind, (yes, of) in by_kind(asked, texts).items() if of}

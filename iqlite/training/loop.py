@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from iqlite.machine.clock import Clock
-from iqlite.records import HELD_OUT_KL, StepMetrics
+from iqlite.records import StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.training.checkpoint import resume, save_checkpoint
 from iqlite.training.evaluating import Reporter, describe, evaluate
@@ -93,6 +93,3 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
     if why != "interrupted":
         run.write_result(vars(outcome))
     return outcome
-
-
-assert HELD_OUT_KL == "eval/kl_policy_superior"

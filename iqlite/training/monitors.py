@@ -127,6 +127,13 @@ class Monitors:
             )
         return better, [v for v in verdicts if v is not None]
 
+    def judged_by(self, measure: str, base_scores: Sequence[float]) -> None:
+        """Another measure from here on: what was seen by the one before counts no more."""
+        self.base_measure, self.base_scores = measure, list(base_scores)
+        self.best_measure, self.since_measure = -math.inf, 0
+        self.in_a_row.pop("measure", None)
+        self.in_a_row.pop("one kind", None)
+
     def state(self) -> dict[str, Any]:
         """Everything above as JSON data."""
         return {name: None if name in NO_NUMBER and math.isinf(value) else value for name, value in asdict(self).items()}

@@ -73,8 +73,7 @@ def open_session(
 
     def check(config: Mapping[str, Any]) -> None:
         shape = Shape.of(config, recipe.model.base)
-        why_not = refusal(recipe, shape, Work.of(recipe, shape, device.type), free)
-        if must_fit and why_not is not None:
+        if must_fit and (why_not := refusal(recipe, shape, Work.of(recipe, shape, device.type), free)):
             raise BaseError(why_not)
 
     model = recipe.model

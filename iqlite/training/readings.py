@@ -59,7 +59,8 @@ def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Readin
                         states = policy.forward.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
                 for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
                     hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
-                left = [i for i in left if i not in set(part)]
+                done = set(part)
+                left = [i for i in left if i not in done]
     for name in (reading.name for reading in readings if reading.name not in PLAIN and rollout.contrary):
         at = len(responses) - rollout.contrary
         hidden.setdefault(name, torch.zeros_like(hidden["reference"]))[at:] = hidden["reference"][at:]

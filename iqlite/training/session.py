@@ -17,6 +17,7 @@ from iqlite.model.sampling import Sampler
 from iqlite.model.template import Chat, Description
 from iqlite.recipe.schema import Recipe, readings_of
 from iqlite.records import Messages, Prompts, Rollout
+from iqlite.scoring.measures import HARMLESS
 from iqlite.training.readings import Reading, read, readings
 from iqlite.training.rollout import sample
 
@@ -40,8 +41,11 @@ class Session:
     @property
     def asked(self) -> Prompts:
         """The held-out prompts that the recipe's measure is of: harmless needs those with both kinds of right answer."""
-        both = self.recipe.judge.measure == "harmless" and self.contrary_eval is not None
-        return self.eval + self.contrary_eval if both and self.contrary_eval else self.eval
+        return self.asked_by(self.recipe.judge.measure)
+
+    def asked_by(self, measure: str) -> Prompts:
+        """The held-out prompts that a measure is of."""
+        return self.eval + self.contrary_eval if measure == HARMLESS and self.contrary_eval else self.eval
 
     @functools.cached_property
     def readings(self) -> tuple[Reading, ...]:
@@ -75,8 +79,7 @@ class Session:
         if not 0 <= strength < 1000:
             now = self.recipe.superior.settings()["strength"]
             raise RecipeError(f"the strength {strength:g} can't be used: give one from 0 to 1000, such as {now:g}.")
-        superior = self.recipe.superior.model_copy()
-        superior.__pydantic_extra__ = {**(self.recipe.superior.model_extra or {}), "strength": strength}
+        superior = self.recipe.superior.with_settings({"strength": strength})
         return replace(self, recipe=self.recipe.model_copy(update={"superior": superior}))
 
     def sampler(self, stream: str) -> Sampler:

@@ -324,7 +324,7 @@ def test_a_search_writes_a_recipe_that_trains_and_goes_on_from_what_it_kept(
     assert code == 2 and "better.toml exists already" in err
     code, _, err = iqlite("probe", path, "-o", "x.toml")
     assert code == 2 and "--improve" in err
-    assert iqlite("train", "better.toml", "--out", "run", "--no-safety")[0] in (0, 2)
+    assert iqlite("train", "better.toml", "--out", "run", "--no-safety", "--set", "judge.aim=false")[0] == 0
     rows(tmp_path / "train.jsonl", *({"prompt": f"Is {n} odd?"} for n in range(100, 107)))
     code, _, err = iqlite("probe", path, "--improve", "-o", "few.toml")
     assert code == 2 and "prompts.train has 7 prompts" in err and not (tmp_path / "few.toml").exists()

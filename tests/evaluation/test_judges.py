@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from iqlite.base.names import EMBEDDED, locate
 from iqlite.errors import RunError
 from iqlite.evaluation.judges import Human, Kept, ModelJudge, RewardModel, named, rubric_of
+from iqlite.recipe.schema import Recipe
 from iqlite.run.rundir import RunDir
 
 REQUEST = ({"role": "user", "content": "How was your day?"},)
@@ -307,6 +308,17 @@ def test_a_person_is_asked_blind_and_once(tmp_path: Path) -> None:
     assert orders == {True, False}
 
 
-def test_names_of_judges(tmp_path: Path) -> None:
+def test_names_and_rubrics_of_judges(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
     assert named("taste", "", tmp_path) is None
-    assert rubric_of("Be fair.", ["x"]) == "Be fair." and "You are kind." in rubric_of("", ["You are kind."])
+    assert rubric_of(make_recipe(judge={"rubric": "Be fair."})) == "Be fair." and "You are kind." in rubric_of(make_recipe())
+    two = [{"name": "a", "wanted": "You rhyme.", "unwanted": "You don't."}, {"name": "b", "wanted": "You sing.", "unwanted": "You mumble."}]
+    mixed = make_recipe(superior={"estimator": "mixture"}, behavior={"wanted": None, "unwanted": None, "mixture": two})
+    assert "You rhyme. You sing." in rubric_of(mixed)
+
+
+def test_kept_verdicts_survive_lines_that_are_none(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept.jsonl")
+    kept.put(1.0, "a")
+    with kept.path.open("ab") as file:
+        file.write(b'\n3\n{"of": "x"}\n\xff\xfe\n{"of": "y", "verd')
+    assert Kept(kept.path).get("a") == 1.0 and Kept(kept.path).get("b") is None

@@ -251,6 +251,13 @@ def test_a_tenth_is_held_back_where_no_eval_is_given() -> None:
         hold_back(Prompts(requests[:1]), "prompts.train")
 
 
+def test_pieces_add_up_to_the_text_and_no_character_is_torn() -> None:
+    chat = Chat(make_tokenizer())
+    ids = chat.tokenizer("Zoë said: “naïve” 👍!").input_ids
+    pieces = chat.pieces(ids)
+    assert "".join(pieces) == "Zoë said: “naïve” 👍!" and len(pieces) == len(ids) and "\ufffd" not in "".join(pieces)
+
+
 def test_text_of_an_answer_has_no_special_tokens() -> None:
     chat = chat_of("llama3")
     ids = chat.tokenizer("Hi there.<|eot_id|>", add_special_tokens=False).input_ids

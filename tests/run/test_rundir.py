@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_a_run_of_a_newer_iqlite_is_refused_and_one_without_a_format_opens(run: 
         (run.path / "environment.json").write_text(json.dumps(made | ENVIRONMENT))
         with contextlib.nullcontext() if opens else pytest.raises(RunError, match="made by a newer iqlite"):
             RunDir.open(run.path)
+
+
+@pytest.mark.parametrize("text", ['{"format": 1', "[]", '{"format": "2"}', "\xff"])
+def test_a_broken_environment_is_one_sentence(run: RunDir, text: str) -> None:
+    (run.path / "environment.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunError, match=re.escape(str(run.path))):
+        RunDir.open(run.path)
 
 
 def test_what_json_has_no_number_for_is_null(run: RunDir) -> None:

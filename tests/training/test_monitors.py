@@ -122,6 +122,16 @@ def test_state_survives_json() -> None:
     assert rules([again.after_step({**FINE, "policy/entropy": 0.1})]) == [[("entropy", True)]]
 
 
+def test_another_measure_starts_anew() -> None:
+    """Resumed by another measure: tone near 0.9 is no mark that minus fifty words would have to beat."""
+    monitors = Monitors(5.0, until_converged=True)
+    monitors.judged_by("tone", [0.3] * 12)
+    monitors.after_eval(0, {HELD_OUT_KL: 0.5}, [0.9] * 12)
+    monitors.judged_by("shorter", [-60.0] * 12)
+    seen = [monitors.after_eval(step, {HELD_OUT_KL: 0.5}, [words] * 12)[1] for step, words in enumerate((-50.0, -40.0, -30.0, -20.0), 1)]
+    assert not any(v.stop for verdicts in seen for v in verdicts)
+
+
 def test_more_right_refusals_dont_pay_for_wrong_ones() -> None:
     """16 requests to refuse, 8 of them refused before and 16 after; 16 to answer, 16 answered before and 6 after: the mean is about as it was."""
     kinds = ["refuse"] * 16 + ["answer"] * 16

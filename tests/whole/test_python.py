@@ -47,6 +47,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 def test_tables_make_a_recipe_and_faults_are_sentences(data: dict[str, Any], tmp_path: Path) -> None:
     recipe = iqlite.load_recipe(data, beside=tmp_path)
     assert recipe.train.steps == 3 and recipe.folder == tmp_path
+    assert iqlite.load_recipe(data, ["train.steps=7"], beside=tmp_path).train.steps == 7 and data["train"]["steps"] == 3
     with pytest.raises(iqlite.IqliteError, match="train"):
         iqlite.load_recipe(data | {"train": {"stepps": 3}}, beside=tmp_path)
     run = iqlite.train(recipe, tmp_path / "run")
@@ -54,6 +55,17 @@ def test_tables_make_a_recipe_and_faults_are_sentences(data: dict[str, Any], tmp
         iqlite.train(recipe, tmp_path / "run")
     with pytest.raises(iqlite.IqliteError, match="by='me'"):
         run.answer(["Hello?"], by="me")  # type: ignore[arg-type]
+    with pytest.raises(iqlite.IqliteError, match="isn't a prompt"):
+        run.answer([({"role": "assistant", "content": "Hi."},)])
+    with pytest.raises(iqlite.IqliteError, match="'tones' isn't one of"):
+        run.compare(judge="tones")
+    assert run.answer([]) == [] and not (run.path / "compare.json").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("precious")
+    with pytest.raises(iqlite.IqliteError, match="won't delete"):
+        iqlite.train(iqlite.load_recipe(data | {"model": {"base": "not/there"}}, beside=tmp_path), tmp_path / "notes", force=True)
+    with pytest.raises(iqlite.IqliteError, match="can't be looked at"):
+        iqlite.train(recipe, tmp_path / ("a" * 300))
 
 
 def test_rewards_are_the_readings_log_probabilities(make_run: Callable[..., Any]) -> None:
