@@ -25,7 +25,7 @@ from iqlite.training.order import spread, spread_by_kind
 from iqlite.training.session import Session
 
 FEWEST_LOOKED, MOST_LOOKED = 12, 24  # prompts; our choice
-A_STEP = 2.25  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
+A_STEP = 2  # prompts in a look for each prompt of a step: it costs about two steps then (measured)
 SHORT = 32  # tokens of an answer: enough to tell a tone or a refusal; our choice
 BY_LENGTH = ("shorter",)  # measures that need whole answers, as long as in training: a cut one can't be longer than another
 STRICT = 2  # comparisons' worth of doubt before a verdict is given: a 97.5 % interval
