@@ -8,51 +8,68 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from iqlite.base.architectures import GGUF_ARCHITECTURES
-from iqlite.errors import BaseError
+from iqlite.base.gguf_config import correct, loses_sizes
+from iqlite.base.gguf_header import gguf_header
+from iqlite.errors import BaseError, first_line
 from iqlite.places import cache_folder
 
-CONVERSION = 1  # raise it when the conversion changes, so that old caches aren't read
+CONVERSION = 2  # raise it when the conversion changes, so that old caches aren't read
+SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 FLOAT32_UP_TO = 2 * 2**30  # bytes of GGUF; larger files are converted to float16, half the disk
 
 
 def convert_gguf(path: Path, name: str) -> Path:
-    """A folder in Hugging Face format with the file's dequantised weights, tokenizer and chat template; cached by content."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / f"gguf-{digest[:32]}-v{CONVERSION}"
+    """A folder in Hugging Face format with the file's dequantised weights, tokenizer and chat template; cached by content.
+
+    `path` may be the first of the parts that a file was split into. BaseError if weights are missing, or nothing can be made of it.
+    """
+    files = parts_of(path, name)
+    digest = _digest(files)
+    folder = cache_folder() / f"gguf-{digest}-v{CONVERSION}"
     if (folder / "config.json").is_file():
         return folder
     try:
-        architecture = _architecture(path)
+        architecture, fields, factors = _told(files)
     except (ValueError, IndexError, KeyError, OSError, struct.error, AttributeError) as error:
         raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({error}); download it again.") from None
-    if architecture not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        raise BaseError(f"base {name!r}: a GGUF of architecture {architecture!r}, which isn't supported; choose one of: {known}.")
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    dtype = torch.float32 if path.stat().st_size <= FLOAT32_UP_TO else torch.float16
-    link = cache_folder() / f"making-{digest[:32]}-{os.getpid()}"
+    dtype = torch.float32 if sum(file.stat().st_size for file in files) <= FLOAT32_UP_TO else torch.float16
+    link = cache_folder() / f"making-{digest}-{os.getpid()}"
     making = link.with_suffix(".out")
     try:
         link.mkdir(parents=True, exist_ok=True)
         making.mkdir(exist_ok=True)
         source = link / "model.gguf"  # transformers wants a folder and a file name; blobs have no suffix
-        try:
-            source.symlink_to(path.resolve())
-        except OSError:  # Windows without the right to make links
-            shutil.copyfile(path, source)
-        tokenizer = AutoTokenizer.from_pretrained(str(link), gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(link), gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-        )
+        if len(files) > 1:
+            join(files, source)
+        else:
+            try:
+                source.symlink_to(path.resolve())
+            except OSError:  # Windows without the right to make links
+                shutil.copyfile(path, source)
+        given = {"gguf_file": source.name}
+        tokenizer = AutoTokenizer.from_pretrained(str(link), **given)
+        options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype, "output_loading_info": True, **given}
+        if loses_sizes(architecture, fields):  # it takes half a minute to read a large vocabulary, so not for every file
+            options["config"] = AutoConfig.from_pretrained(str(link), **given)
+            correct(options["config"], architecture, fields, factors, name)
+        model, found = AutoModelForCausalLM.from_pretrained(str(link), **options)
+        correct(model.config, architecture, fields, factors, name)
+        if found["missing_keys"]:  # transformers would fill them with random numbers
+            missing = sorted(found["missing_keys"])
+            raise BaseError(
+                f"base {name!r}: the GGUF file {path} lacks {len(missing)} of its weights, such as {missing[0]}; download it again."
+            )
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
         del model
@@ -63,9 +80,9 @@ def convert_gguf(path: Path, name: str) -> Path:
         raise BaseError(
             f"base {name!r}: the conversion can't be written to {cache_folder()} ({error}); free some space or set IQLITE_CACHE."
         ) from None
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, LookupError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
         raise BaseError(
-            f"base {name!r}: a GGUF of architecture {architecture!r} that can't be converted ({error}); use the original model's folder."
+            f"base {name!r}: a GGUF of architecture {architecture!r} that transformers can't convert ({first_line(error)}); use the original model's folder."
         ) from None
     finally:
         shutil.rmtree(link, ignore_errors=True)
@@ -73,7 +90,57 @@ def convert_gguf(path: Path, name: str) -> Path:
     return folder
 
 
-def _architecture(path: Path) -> str:
-    from gguf import GGUFReader
+def parts_of(path: Path, name: str) -> list[Path]:
+    """All parts of a GGUF file that was split (…-00001-of-00003.gguf), in order, or the file alone; BaseError names one that is missing."""
+    split = SPLIT.search(path.name)
+    if split is None:
+        return [path]
+    found = [path.with_name(f"{path.name[: split.start()]}-{part:05d}-of-{split[2]}.gguf") for part in range(1, int(split[2]) + 1)]
+    missing = [part.name for part in found if not part.is_file()]
+    if missing:
+        raise BaseError(f"base {name!r} is split into {len(found)} parts, and {missing[0]} isn't beside the others: download all of them.")
+    return found
 
-    return str(GGUFReader(path).fields["general.architecture"].contents())
+
+def join(parts: Sequence[Path], out: Path) -> None:
+    """One GGUF file of the parts that it was split into."""
+    import gguf
+
+    readers = [gguf.GGUFReader(part) for part in parts]
+    writer = gguf.GGUFWriter(out, str(readers[0].fields["general.architecture"].contents()))
+    copy_fields(readers[0], writer, ("GGUF.", "general.architecture", "split."))
+    for reader in readers:
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def copy_fields(reader: Any, writer: Any, but: tuple[str, ...]) -> None:
+    """Every field of a file whose name doesn't begin with one of `but`."""
+    import gguf
+
+    for field in reader.fields.values():
+        if not field.name.startswith(but):
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    sums = []
+    for path in files:
+        with path.open("rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return (sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest())[:32]
+
+
+def _told(files: Sequence[Path]) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
+    """(architecture, metadata, tensors of rotation factors by their names)."""
+    import gguf
+
+    fields, _ = gguf_header(files[0])
+    readers = [gguf.GGUFReader(file) for file in files]
+    factors = {t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))}
+    return str(fields["general.architecture"]), fields, factors

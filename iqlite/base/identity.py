@@ -31,7 +31,7 @@ class Identity:
 
     @classmethod
     def of(cls, name: str, config: Any, norm: Tensor, head: Tensor) -> Identity:
-        """From a model's configuration, its last norm's weight [D] and its head's [V, D]."""
+        """From the configuration of a model's text part, its last norm's weight [D] and its head's [V, D]."""
         import torch
 
         found: list[float] = []

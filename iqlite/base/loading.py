@@ -12,6 +12,7 @@ import logging
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from iqlite.base.anatomy import Anatomy, auto_class
 from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
+from iqlite.base.shape import context_of
 from iqlite.device import here, total_gib
 from iqlite.errors import BaseError, first_line
 
@@ -36,16 +39,20 @@ class Base:
     quantization: str
     identity: Identity
 
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Its parts; of the bare model, so first asked for before adapters stand on it."""
+        return Anatomy.of(self.model, self.name)
+
     @property
     def device(self) -> torch.device:
         """Where it computes; the embedding table may be elsewhere."""
-        found: torch.device = self.model.get_output_embeddings().weight.device
-        return found
+        return self.anatomy.head.weight.device
 
     @property
     def context(self) -> int:
         """Longest sequence the model was made for, tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return context_of(self.anatomy.config)
 
 
 def load_base(
@@ -61,14 +68,16 @@ def load_base(
 
     `check` sees the configuration before any weights are read, and raises what speaks against them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional CPU kernels that nobody asked for
     device, dtype = here()
     source = locate(name, beside, revision)
-    check(AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision).to_dict())
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
+    loader = auto_class(config, name)
+    check(config.to_dict())
     if Path(source).is_dir():  # a download shows its progress; reading a folder needn't
         transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "revision": revision}
@@ -81,7 +90,7 @@ def load_base(
         options["device_map"] = {"": device.index}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
-        model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+        model, found = loader.from_pretrained(source, output_loading_info=True, **options)
     except OSError as error:
         raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
     except torch.OutOfMemoryError:
@@ -98,14 +107,8 @@ def load_base(
         embed_on_host(model)
     if quantization == "nf4":
         let_go_of_files(model)
-    return Base(
-        name,
-        model,
-        tokenizer,
-        dtype,
-        quantization,
-        Identity.of(name, model.config, model.get_decoder().norm.weight, model.get_output_embeddings().weight),
-    )
+    anatomy = Anatomy.of(model, name)
+    return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, anatomy.config, anatomy.norm, anatomy.head.weight))
 
 
 def embed_on_host(model: Any) -> None:

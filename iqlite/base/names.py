@@ -11,9 +11,10 @@ import os
 import re
 from pathlib import Path
 
-from iqlite.base.architectures import SUPPORTED, Shape, gguf_is_adapter, known
-from iqlite.base.gguf_files import convert_gguf
+from iqlite.base.gguf_files import SPLIT, convert_gguf, parts_of
+from iqlite.base.gguf_header import gguf_is_adapter
 from iqlite.base.hub import offline_without_network
+from iqlite.base.shape import Shape, known
 from iqlite.errors import BaseError, first_line
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -88,8 +89,9 @@ def lm_studio(name: str) -> Path:
 
 
 def only_model_in(folder: Path, name: str) -> Path:
-    """The folder's one model; a vision projector beside it doesn't count."""
-    files = sorted(f for f in folder.glob("*.gguf") if not f.name.startswith("mmproj"))
+    """The folder's one model (of one in parts, the first); a vision projector beside it doesn't count."""
+    files = sorted(f for f in folder.glob("*.gguf") if "mmproj" not in f.name.lower())
+    files = [f for f in files if (split := SPLIT.search(f.name)) is None or int(split[1]) == 1]
     if len(files) != 1:
         raise BaseError(f"base {name!r} holds {len(files)} GGUF models ({', '.join(f.name for f in files)}): name one file.")
     return files[0]
@@ -125,6 +127,8 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
     """A folder in Hugging Face format (GGUF files are converted first), or the hub id once its architecture is known to be supported."""
     from transformers import AutoConfig
 
+    from iqlite.base.anatomy import auto_class, unknown
+
     gguf = find_gguf(name, beside)
     if gguf is not None:
         return str(convert_gguf(gguf, name))
@@ -142,9 +146,11 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
     except OSError as error:
         raise BaseError(explain(name, error, local=folder is not None)) from None
     except (ValueError, KeyError) as error:
-        raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; choose one of: {', '.join(SUPPORTED)}.") from None
-    if config.model_type not in SUPPORTED:
-        raise BaseError(f"base {name!r}: the architecture {config.model_type!r} isn't supported; choose one of: {', '.join(SUPPORTED)}.")
+        kind = re.search(r"model type `([^`]*)`", str(error))
+        raise BaseError(
+            unknown(name, kind[1]) if kind else f"base {name!r}: its config.json can't be used ({first_line(error)}); download it again."
+        ) from None
+    auto_class(config, name)
     return source
 
 
@@ -171,7 +177,7 @@ def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> S
     """The shape of a base by its recipe name: a GGUF file's header, a folder's config.json, the package's list, or the hub's config.json."""
     gguf = None if name == EMBEDDED else find_gguf(name, beside)
     if gguf is not None:
-        return Shape.of_gguf(gguf, name)
+        return Shape.of_gguf(parts_of(gguf, name), name)
     folder = here(name, beside)
     if folder is not None and (folder / "config.json").is_file():
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iqlite.base.architectures import Shape
 from iqlite.base.loading import Base, load_base
 from iqlite.base.names import shape_of
+from iqlite.base.shape import Shape
 from iqlite.device import here
 from iqlite.errors import BaseError, RecipeError
 from iqlite.machine.fit import CPU_SHARE
@@ -84,7 +84,7 @@ class Speaker:
             return policy.head(states[""])
 
         with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
-            for _, token_1 in draw(policy, prompts, shared, predict, stop_ids, sampler, attempt, [0]):
+            for _, token_1 in draw(policy.forward, prompts, shared, predict, stop_ids, sampler, attempt, [0]):
                 if int(token_1) in stop_ids:
                     return
                 yield int(token_1)

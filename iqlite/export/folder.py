@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from iqlite.export.merge import DTYPES, Merge, Stored, write_safetensors
+from iqlite.export.merge import DTYPES, Merge, write_safetensors
+from iqlite.export.stored import Stored
 from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 

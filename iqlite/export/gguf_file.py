@@ -21,7 +21,8 @@ from iqlite.export.gguf_keys import ARCHITECTURE, NORM_PLUS_ONE, ROTATED_IN_PAIR
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iqlite.export.merge import Merge, Stored
+    from iqlite.export.merge import Merge
+    from iqlite.export.stored import Stored
 
 Kind = gguf.GGMLQuantizationType
 WRITTEN = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 
+from iqlite.base.gguf_files import copy_fields
 from iqlite.errors import BaseError
 
 ARCHITECTURE = {
@@ -179,8 +180,5 @@ def _adds_space(data: dict[str, Any]) -> bool:
 
 def copy_metadata(writer: Any, original: Path) -> None:
     """Everything a GGUF file says of its model, for one with other weights of the same model."""
-    ours = ("GGUF.", "general.architecture", "general.name", "general.file_type", "general.quantization_version", "quantize.")
-    for field in gguf.GGUFReader(original).fields.values():
-        if not field.name.startswith(ours):
-            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    ours = ("GGUF.", "general.architecture", "general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
+    copy_fields(gguf.GGUFReader(original), writer, ours)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from iqlite.base.architectures import Shape
+from iqlite.base.shape import Shape
 from iqlite.machine.memory import GIB, MIB, Plan, Widths, Work, estimate
 from iqlite.recipe.schema import Recipe
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from iqlite.base.architectures import Shape
+from iqlite.base.shape import Shape
 from iqlite.recipe.schema import Behavior, Principle, Recipe, readings_of
 
 GIB, MIB = 2**30, 2**20
@@ -21,6 +21,7 @@ CONTEXT = {
 FRAGMENTATION = {"cuda": 1.08, "cpu": 1.30}  # of what comes and goes, what the allocator holds beyond it. Measured on the CPU
 CHUNK_COPIES = 14  # [chunk, V] float32 tensors alive at once in the chunked loss
 LOGIT_COPIES = 4  # [rows, V] float32 tensors alive at once while a token is chosen
+QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
 PHASES = ("rollout", "reading", "update")
 
 
@@ -130,9 +131,12 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
     norms = shape.hidden * shape.layers * 2 * work.bytes
     weights: dict[str, float]
     if work.quantization == "nf4":
-        weights = {"4-bit weights": shape.linear_weights / 2, "their quantisation state": shape.linear_weights * (NF4_BYTES - 0.5)}
+        linear = shape.linear_weights + shape.unread
+        weights = {"4-bit weights": linear / 2, "their quantisation state": linear * (NF4_BYTES - 0.5)}
     else:
-        weights = {"weights": float(shape.linear_weights * work.bytes)}
+        weights = {"weights": float((shape.linear_weights + shape.unread) * work.bytes)}
+    if shape.other:
+        weights["experts and other weights, unquantised"] = float(shape.other * work.bytes)
     return weights | {
         "embeddings": matrix * work.on_card + norms,
         "head": 0.0 if shape.tied else float(matrix),
@@ -185,18 +189,18 @@ def _saved(shape: Shape, work: Work) -> float:
     """Bytes a token's activations take in one layer until its backward pass: the MLP's four, the norms' inputs (float32) and outputs,
     and attention's query, result and repeated keys and values. Counted on the graph that autograd keeps."""
     inner = 4 * shape.intermediate + 2 * shape.hidden + 4 * shape.heads * shape.head_dim
-    norms = 2 * shape.hidden + ((shape.heads + shape.kv_heads) * shape.head_dim if shape.model_type == "olmo2" else 0)
+    norms = 2 * shape.hidden + ((shape.heads + shape.kv_heads) * shape.head_dim if shape.model_type in QUERY_NORMED else 0)
     return work.bytes * inner + 4.0 * norms
 
 
 def _kv_bytes(shape: Shape, work: Work) -> float:
     """Bytes of a token's keys and values in all layers."""
-    return float(2 * shape.layers * shape.kv_heads * shape.head_dim * work.bytes)
+    return float(2 * shape.attending * shape.kv_heads * shape.head_dim * work.bytes)
 
 
 def _dequantised(shape: Shape, work: Work) -> float:
     """The largest linear map in the compute dtype, while it is used."""
-    return float(max(i * o for i, o in shape.linears.values()) * work.bytes) if work.quantization == "nf4" else 0.0
+    return float(max(i * o for i, o, _ in shape.maps) * work.bytes) if work.quantization == "nf4" else 0.0
 
 
 def _descriptions(recipe: Recipe) -> tuple[list[str], int]:

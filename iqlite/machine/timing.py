@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from iqlite.base.architectures import Shape
+from iqlite.base.shape import Shape
 from iqlite.errors import RecipeError
 from iqlite.machine.memory import Widths, Work
 from iqlite.places import cache_folder

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqlite.model.keyvalues import Decoding, Prefix, longest_of
-from iqlite.model.policy import Policy
+from iqlite.model.forward import Forward
+from iqlite.model.keyvalues import Prefix, longest_of
 from iqlite.model.sampling import Sampler, choose, noise
 
 LEAVE_AT = 0.75  # rows that have ended leave when no more than this share of the batch is left: each time copies the cache
 
 
 def draw(
-    policy: Policy,
+    forward: Forward,
     prompts: Mapping[str, Sequence[Sequence[int]]],
     shared: Mapping[str, Sequence[int]],
     predict: Callable[[Mapping[str, Tensor]], Tensor],
@@ -36,20 +36,20 @@ def draw(
     logits [b, V] of the readings' last hidden states [b, D]. `index` (the requests' numbers) and `step` key the noise. An answer that
     has ended repeats a stop id until it leaves the batch. Inside a role block, which must last as long as the answers are drawn.
     """
-    new, device = sampler.max_new_tokens, policy.device
+    new, device = sampler.max_new_tokens, forward.device
     rows = [ids for requests in prompts.values() for ids in requests]
-    begun = _begun(policy, rows, [shared.get(name, ()) for name, requests in prompts.items() for _ in requests], new)
+    begun = _begun(forward, rows, [shared.get(name, ()) for name, requests in prompts.items() for _ in requests], new)
     before = longest_of(begun)
     rests = [ids[0 if start is None else len(start) :] for ids, start in zip(rows, begun, strict=True)]
     longest = max(map(len, rests))
     ids_RL, real_RL, position_RL = padded(rests, new, stop_ids[0], device, [0 if start is None else len(start) for start in begun])
-    cache = Decoding(len(policy.forward.decoder.layers), before + longest + new, begun)
+    cache = forward.room(before + longest + new, begun)
     stop = torch.tensor(list(stop_ids))
     which_b = torch.arange(len(index))
     numbers = np.asarray(index, dtype=np.uint64)
     ended_b = torch.zeros(len(index), dtype=torch.bool)
     for position in range(new):
-        state_RD = policy.forward.decoder(
+        state_RD = forward.decoder(
             input_ids=ids_RL,
             attention_mask=real_RL[:, : before + longest + position],
             position_ids=position_RL,
@@ -72,11 +72,11 @@ def draw(
             which_b, numbers, ended_b = which_b[stays_b], numbers[stays_b.numpy()], ended_b[stays_b]
 
 
-def _begun(policy: Policy, rows: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], new: int) -> list[Prefix | None]:
+def _begun(forward: Forward, rows: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], new: int) -> list[Prefix | None]:
     """What each row starts with. None for all where a row that can't share is the longest: there is then as much to read as without."""
     # Padding between a prefix and what follows makes a row reach no further than this, which a sliding window would notice.
     furthest = max(map(len, starts)) + max(map(len, rows)) + new
-    begun = policy.forward.begun(rows, starts, longest=furthest)
+    begun = forward.begun(rows, starts, longest=furthest)
     longest = max(map(len, rows))
     unshared = max((len(ids) for ids, start in zip(rows, begun, strict=True) if start is None), default=0)
     return [None] * len(rows) if unshared == longest else begun

@@ -9,24 +9,37 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from iqlite.model.keyvalues import Prefix, Seen, before_rows
+from iqlite.base.anatomy import Anatomy, numbers
+from iqlite.model.keyvalues import Decoding, OwnCache, Prefix, Seen, before_rows, keeps_keys_only
+
+WINDOWS = ("sliding_window", "attention_chunk_size")  # transformers' names of how far back some layers look
 
 
 class Forward:
-    """The decoder of one model. `reader` names the weights that read now, "" for the policy in training; `moving` says whether they learn."""
+    """The decoder of one model. `reader` names the weights that read now, "" for the policy in training; `moving` says whether they learn.
 
-    def __init__(self, decoder: Any, config: Any, device: torch.device, reader: Callable[[], str], moving: Callable[[], bool]):
-        self.decoder, self.device, self.reader, self.moving = decoder, device, reader, moving
+    `plain`: every layer keeps keys and values of each token and nothing else, so that rows can share a prefix. Other layers (linear
+    attention, convolutions, state spaces) decode with transformers' own cache and read each row whole.
+    """
+
+    def __init__(self, anatomy: Anatomy, device: torch.device, reader: Callable[[], str], moving: Callable[[], bool]):
+        self.decoder, self.config, self.layers = anatomy.decoder, anatomy.config, anatomy.layers
+        self.device, self.reader, self.moving = device, reader, moving
+        self.plain = keeps_keys_only(anatomy.config)
         self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
-        # Left padding between a shared prefix and a shorter row's tokens adds to the distance that a sliding window counts.
-        self._window: float = getattr(config, "sliding_window", None) or math.inf
+        # Left padding between a shared prefix and a shorter row's tokens adds to the distance that a window of attention counts.
+        self._window: float = min((size for key in WINDOWS for size in numbers(anatomy.config, key)), default=math.inf)
+
+    def room(self, tokens: int, begun: Sequence[Prefix | None]) -> Decoding | OwnCache:
+        """What keeps the rows being decoded, each of `tokens` at most with all padding."""
+        return Decoding(len(self.layers), tokens, begun) if self.plain else OwnCache(config=self.config)
 
     def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int, shared: Sequence[Sequence[int]] = ()
@@ -70,7 +83,7 @@ class Forward:
         key = (self.reader(), tuple(ids))
         if key in self._prefixes:
             return self._prefixes[key]
-        seen = Seen(len(self.decoder.layers))
+        seen = Seen(len(self.layers))
         self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=seen, use_cache=True)
         made = Prefix.of(ids, seen)
         if not self.moving():
@@ -90,19 +103,19 @@ class Forward:
         for prompt, start in zip(prompts, shared or [()] * len(prompts), strict=True):
             ids = tuple(start)
             starts = 0 < len(ids) < len(prompt) and tuple(prompt[: len(ids)]) == ids
-            shares = starts and longest <= self._window and (uses[ids] > 1 or not moving)
+            shares = self.plain and starts and longest <= self._window and (uses[ids] > 1 or not moving)
             if shares and ids not in made:
                 made[ids] = self.prefix(ids)
             begun.append(made[ids] if shares else None)
         return begun
 
 
-def recompute_layers(decoder: Any) -> None:
+def recompute_layers(layers: Iterable[Any]) -> None:
     """Activation checkpointing: a layer's backward pass computes its activations again instead of keeping them.
 
     transformers' own drops the cache that shared prefixes need.
     """
-    for layer in decoder.layers:
+    for layer in layers:
         layer.forward = functools.partial(_recomputed, layer.forward)
 
 

@@ -1,40 +1,35 @@
-"""The LM head, as each architecture applies it."""
+"""The LM head, as a model applies it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqlite.base.architectures import SUPPORTED
-from iqlite.errors import BaseError
+from iqlite.base.anatomy import Anatomy
 from iqlite.model.linear import FewRows, is_few
+
+SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
+"""What configurations call a scale of the logits, and the power it is taken to (transformers' names)."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states [n, D] → float32 logits [n, V], with the scale or soft cap that some architectures put after the head."""
+    """Hidden states [n, D] → float32 logits [n, V], with the scale or soft cap that some models put after the head."""
 
     linear: nn.Linear
     scale: float = 1.0
     soft_cap: float | None = None
 
     @classmethod
-    def of(cls, model: Any) -> Head:
-        """The head of a transformers causal LM; BaseError names an architecture that isn't supported."""
-        config = model.config
-        if config.model_type not in SUPPORTED:
-            raise BaseError(f"the architecture {config.model_type!r} isn't supported; choose a base of one of: {', '.join(SUPPORTED)}.")
-        scale = 1.0
-        if config.model_type == "granite":
-            scale = 1.0 / config.logits_scaling
-        elif config.model_type == "cohere":
-            scale = config.logit_scale
-        soft_cap = config.final_logit_softcapping if config.model_type == "gemma2" else None
-        return cls(model.get_output_embeddings(), scale, soft_cap)
+    def of(cls, anatomy: Anatomy) -> Head:
+        """A model's head, with what its configuration says comes after; `model.proof` holds it against the model's own logits."""
+        config, scale = anatomy.config, 1.0
+        for name, power in SCALES.items():
+            scale *= float(getattr(config, name, None) or 1.0) ** power
+        return cls(anatomy.head, scale, getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, hidden_nD: Tensor) -> Tensor:
         weight = self.linear.weight

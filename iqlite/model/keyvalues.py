@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Prefix:
     @classmethod
     def of(cls, ids: Sequence[int], seen: Seen) -> Prefix:
         """What a forward over `ids` alone has shown to a cache."""
-        return cls(tuple(ids), tuple(layer.keys for layer in seen.layers), tuple(layer.values for layer in seen.layers))
+        used = [layer for layer in seen.layers if layer.is_initialized]  # some models' last layers share those of others
+        return cls(tuple(ids), tuple(layer.keys for layer in used), tuple(layer.values for layer in used))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -141,4 +142,18 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
         return self.filled
 
     def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.is_initialized:  # a layer that shares another's keys has none
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class OwnCache(DynamicCache):  # type: ignore[misc]
+    """transformers' own cache, whatever a model's layers keep."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these."""
+        self.reorder_cache(rows.nonzero().squeeze(1))
+
+
+def keeps_keys_only(config: Any) -> bool:
+    """False if transformers' cache for a model has layers that keep anything but keys and values of each token."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in DynamicCache(config=config).layers)

@@ -25,6 +25,7 @@ from iqlite.model.forward import Forward, recompute_layers
 from iqlite.model.head import Head
 from iqlite.model.linear import folded as into_one
 from iqlite.model.linear import make_lean
+from iqlite.model.proof import Bare, is_proved, prove
 
 LOADING = """\
 # A LoRA adapter of {base}
@@ -53,10 +54,14 @@ class Policy:
     def __init__(self, base: Base, *, rank: int, alpha: float, seed: int, start: Path | None = None, checkpointing: bool = False):
         """Puts a fresh LoRA (B = 0, so the policy starts as the reference) or the adapter in `start` on the base's linear layers."""
         self.base = base
-        self.head = Head.of(base.model)
+        anatomy = base.anatomy
+        self.head = Head.of(anatomy)
         self.device: torch.device = base.device
+        bare = None if is_proved(base.model) else Bare.of(base)
         if start is None:
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+            # "all-linear" would also adapt what stands beside the decoder, and experts.
+            targets = "all-linear" if bare is None else list(anatomy.linear_maps(base.model))
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # LoRA's A is drawn while the adapter is attached
                 self.model: Any = get_peft_model(base.model, config, adapter_name=TRAINED)
@@ -69,13 +74,15 @@ class Policy:
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
         self._role: str | None = None
-        self.forward = Forward(
-            base.model.get_decoder(), base.model.config, base.device, lambda: self._role or "", lambda: self._role in MOVING
-        )
+        self.forward = Forward(anatomy, base.device, lambda: self._role or "", lambda: self._role in MOVING)
         make_lean(self.model)
         if checkpointing:
-            recompute_layers(self.forward.decoder)
+            recompute_layers(anatomy.layers)
         self.model.train()
+        self.notes: tuple[str, ...] = ()
+        if bare is not None:
+            with self.acting_as("reference"):
+                self.notes = prove(base, bare, self.head, self.forward)
 
     @property
     def rank(self) -> int:

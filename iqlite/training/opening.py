@@ -11,10 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from iqlite.base.architectures import Shape
 from iqlite.base.hub import offline_without_network
 from iqlite.base.loading import Base, load_base
 from iqlite.base.names import on_the_hub
+from iqlite.base.shape import Shape
 from iqlite.device import here
 from iqlite.device import name_of as name_of_device
 from iqlite.errors import BaseError, PromptsError

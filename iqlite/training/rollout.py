@@ -87,7 +87,7 @@ def sample_readings(
                 part = order[at : at + max(1, sizes.together(longest) // len(prompts))]
                 some = {name: [ids[row] for row in part] for name, ids in prompts.items()}
                 with attempt.of(len(part), longest * len(prompts)):
-                    drawn = draw(policy, some, shared, predict, stop_ids, sampler, step, [index[row] for row in part])
+                    drawn = draw(policy.forward, some, shared, predict, stop_ids, sampler, step, [index[row] for row in part])
                     tokens_BT[part] = _gathered(drawn, len(part), new, fill)
             at += len(part)
             if progress is not None:

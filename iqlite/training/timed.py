@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from iqlite.base.architectures import Shape
 from iqlite.base.names import shape_of
+from iqlite.base.shape import Shape
 from iqlite.device import name_of
 from iqlite.machine.clock import Clock
 from iqlite.machine.fit import choose, given_widths

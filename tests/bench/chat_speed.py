@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from iqlite.export.folder import chat_of
-from iqlite.export.merge import Stored
+from iqlite.export.stored import Stored
 from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 from tests.helpers import llama_cpp

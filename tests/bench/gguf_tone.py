@@ -40,7 +40,7 @@ def main() -> None:
         subprocess.run([*command, "export", run, "--to", "gguf-adapter", "-o", lora], check=True)
 
         from iqlite.export.folder import chat_of
-        from iqlite.export.merge import Stored
+        from iqlite.export.stored import Stored
         from iqlite.recipe.prompts import load_prompts
         from iqlite.run.rundir import RunDir
 

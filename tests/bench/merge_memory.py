@@ -75,7 +75,7 @@ def make_adapter(folder: Path, base: Path) -> None:
     """A LoRA on every linear layer of the base's decoder, in PEFT format."""
     from safetensors.torch import save_file
 
-    from iqlite.export.merge import Stored
+    from iqlite.export.stored import Stored
 
     stored = Stored.find(str(base))
     folder.mkdir()
@@ -84,12 +84,11 @@ def make_adapter(folder: Path, base: Path) -> None:
         with stored.opened(shard) as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in names}
     state = {}
-    for name, linear in stored.parameters.items():
-        if linear:
-            out, width = shapes[name]
-            key = f"base_model.model.{name.removesuffix('.weight')}"
-            state[f"{key}.lora_A.weight"] = torch.randn(RANK, width) / width**0.5
-            state[f"{key}.lora_B.weight"] = torch.randn(out, RANK) * 0.01
+    for name in sorted(stored.linear):
+        out, width = shapes[name]
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        state[f"{key}.lora_A.weight"] = torch.randn(RANK, width) / width**0.5
+        state[f"{key}.lora_B.weight"] = torch.randn(out, RANK) * 0.01
     save_file(state, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none", "base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}), "utf-8")
@@ -124,7 +123,8 @@ class Sampled:
 def merge_here(work: Path, base: str, limit: int) -> dict[str, Any]:
     """One merge in this process; `limit` bytes of data over what the imports took, 0 for none."""
     from iqlite.export.folder import chat_of, write_folder
-    from iqlite.export.merge import Merge, Stored
+    from iqlite.export.merge import Merge
+    from iqlite.export.stored import Stored
 
     torch.addmm(torch.ones(512, 512), torch.ones(512, 512), torch.ones(512, 512))  # the threads and their buffers are there
     before = status()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from iqlite.base.architectures import Shape, known
+from iqlite.base.shape import Shape, known
 from iqlite.machine.fit import choose
 from iqlite.machine.memory import CONTEXT, GIB, PHASES, Widths, Work, estimate
 from tests.bench.peers.common import CUDA, Gauge

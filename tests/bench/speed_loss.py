@@ -19,8 +19,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from iqlite.base.architectures import Shape, known
 from iqlite.base.loading import let_go_of_files
+from iqlite.base.shape import Shape, known
 from iqlite.device import here
 from iqlite.machine.fit import choose
 from iqlite.machine.memory import Work

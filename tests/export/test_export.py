@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from iqlite.export.card import MANIFEST
 from iqlite.export.gguf_file import BY_LLAMA_CPP, WRITTEN, Names
 from iqlite.export.gguf_keys import ARCHITECTURE, rope_factors
-from iqlite.export.merge import Stored
 from iqlite.export.ollama import Template, conversation, modelfile
+from iqlite.export.stored import Stored
 from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 from tests.helpers import llama_cpp

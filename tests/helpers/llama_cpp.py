@@ -27,8 +27,8 @@ def home() -> Path:
     return Path(os.environ["IQLITE_LLAMA_CPP"])
 
 
-def converter() -> Callable[[Path, Path], None]:
-    """llama.cpp's convert_hf_to_gguf.py: (model folder, f16 GGUF file)."""
+def converter(outtype: str = "f16") -> Callable[[Path, Path], None]:
+    """llama.cpp's convert_hf_to_gguf.py: (model folder, GGUF file of that type)."""
     folder = home() / "converter"
     if not (folder / "convert_hf_to_gguf.py").is_file():
         pytest.skip(f"{folder} holds no converter")
@@ -38,9 +38,10 @@ def converter() -> Callable[[Path, Path], None]:
         code = (
             "import runpy, sys; from conversion.base import TextModel; TextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'; "
             "TextModel._set_vocab_sentencepiece = TextModel._set_vocab_gpt2; "
+            "from conversion.phi import Phi3MiniModel; Phi3MiniModel.set_vocab = TextModel._set_vocab_gpt2; "
             f"sys.argv[0] = {str(folder / 'convert_hf_to_gguf.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
         )
-        command = [sys.executable, "-c", code, str(model.resolve()), "--outfile", str(out.resolve()), "--outtype", "f16"]
+        command = [sys.executable, "-c", code, str(model.resolve()), "--outfile", str(out.resolve()), "--outtype", outtype]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)}, check=False)
         assert done.returncode == 0, done.stderr
 

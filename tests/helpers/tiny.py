@@ -1,4 +1,4 @@
-"""Tiny random models of every supported architecture, with a byte-level tokenizer and chat templates in the style of known families."""
+"""Tiny random models of every architecture that the suite tries, with a byte-level tokenizer and chat templates in the style of known families."""
 
 from __future__ import annotations
 
@@ -7,12 +7,46 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.auto import CONFIG_MAPPING
 
+from iqlite.base.anatomy import auto_class
 from iqlite.model.policy import Policy
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma", "gemma2", "olmo2", "granite", "cohere")
+"""Those that load without a proof, since the suite proves them."""
+
+_SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
+_LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+_MAMBA = dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=16)
+_GEMMA4 = dict(sliding_window=32, global_head_dim=32, hidden_size_per_layer_input=8, layer_types=_SLIDING[1:] + _SLIDING[1:])
+_VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen3_5": dict(text_config=_LINEAR, vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)),
+    "gemma3_text": dict(sliding_window=32, query_pre_attn_scalar=16, layer_types=_SLIDING),
+    "gemma3": dict(text_config=dict(sliding_window=32, query_pre_attn_scalar=16), vision_config=_VISION, mm_tokens_per_image=4),
+    "gemma4_text": _GEMMA4 | dict(num_kv_shared_layers=2),
+    "gemma4": dict(text_config=_GEMMA4 | dict(num_kv_shared_layers=0), vision_config=None, audio_config=None),
+    "phi3": dict(head_dim=None),
+    "smollm3": dict(head_dim=None),
+    "olmo3": dict(sliding_window=32, layer_types=_SLIDING, head_dim=None),
+    "ministral": dict(sliding_window=32),
+    "ministral3": {},
+    "mistral3": dict(text_config=dict(model_type="ministral3"), vision_config=dict(model_type="pixtral", **_VISION)),
+    "granitemoehybrid": dict(
+        logits_scaling=4.0, embedding_multiplier=3.0, num_local_experts=0, shared_intermediate_size=128, layer_types=["attention"] * 3, head_dim=None
+    ),
+    "glm4": {},
+    "exaone4": dict(sliding_window=32, layer_types=_SLIDING, head_dim=None),
+    "cohere2": dict(sliding_window=32, logit_scale=0.25, layer_types=_SLIDING),
+    "stablelm": dict(head_dim=None),
+    "lfm2": dict(layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, head_dim=None),
+    "falcon_h1": _MAMBA | dict(lm_head_multiplier=0.5),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=32, layer_types=_SLIDING),
+}  # fmt: skip
+"""Families that are proved when they are loaded, by transformers' model type, with what their configurations have of their own."""
 
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -66,10 +100,10 @@ SPECIAL = (
 )
 
 
-def make_tokenizer(template: str = "chatml", *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte, plus special tokens. `adds_bos`: a plain text gets a BOS, as with Llama's tokenizers."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+def make_tokenizer(template: str = "chatml", *, adds_bos: bool = False, merges: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, plus special tokens. `adds_bos`: a plain text gets a BOS, as with Llama's tokenizers. `merges`: one more, of two."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th"] * merges
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[("t", "h")] if merges else []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     eos = {"chatml": "<|im_end|>", "qwen2.5": "<|im_end|>"}.get(template, "</s>")
@@ -86,31 +120,46 @@ def make_tokenizer(template: str = "chatml", *, adds_bos: bool = False) -> PreTr
 
 
 def make_model(architecture: str = "llama", *, vocab: int = 320, seed: int = 0, **config: Any) -> Any:
-    """A random model with two layers; weights large enough that its distributions are far from uniform."""
-    options: dict[str, Any] = dict(
+    """A random model with two layers, or as many as its kinds; weights large enough that its distributions are far from uniform."""
+    own = FAMILIES.get(architecture, {})
+    text: dict[str, Any] = dict(
         vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, initializer_range=0.15, bos_token_id=256, eos_token_id=257, pad_token_id=257,
     )  # fmt: skip
     if architecture in ("gemma", "gemma2"):
-        options |= dict(head_dim=16)
+        text |= dict(head_dim=16)
     if architecture == "gemma2":
-        options |= dict(final_logit_softcapping=5.0, attn_logit_softcapping=20.0, query_pre_attn_scalar=16, sliding_window=64)
+        text |= dict(final_logit_softcapping=5.0, attn_logit_softcapping=20.0, query_pre_attn_scalar=16, sliding_window=64)
     if architecture == "granite":
-        options |= dict(logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.1, residual_multiplier=0.5)
+        text |= dict(logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.1, residual_multiplier=0.5)
     if architecture == "cohere":
-        options |= dict(logit_scale=0.25)
+        text |= dict(logit_scale=0.25)
+    if own or architecture in FAMILIES:
+        kinds = own.get("text_config", own).get("layer_types", (1, 2, 3, 4))
+        text |= dict(head_dim=16, num_hidden_layers=len(kinds), vocab_size_per_layer_input=vocab) | own.get("text_config", own)
+        text = {
+            key: value
+            for key, value in text.items()
+            if value is not None and (key != "vocab_size_per_layer_input" or "gemma4" in architecture)
+        }
+    if "text_config" in own:
+        settings = CONFIG_MAPPING[architecture](**(own | {"text_config": text | config}))
+    else:
+        settings = CONFIG_MAPPING[architecture](**(text | config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**(options | config)), dtype=torch.float32)
+        model = auto_class(settings, architecture).from_config(settings, dtype=torch.float32)
     return model.eval()
 
 
-def save_tiny(folder: Path, architecture: str = "llama", template: str = "chatml", *, adds_bos: bool = False, **config: Any) -> Path:
+def save_tiny(
+    folder: Path, architecture: str = "llama", template: str = "chatml", *, adds_bos: bool = False, merges: bool = False, **config: Any
+) -> Path:
     """A model folder in Hugging Face format that a recipe's `model.base` can name."""
-    tokenizer = make_tokenizer(template, adds_bos=adds_bos)
+    tokenizer = make_tokenizer(template, adds_bos=adds_bos, merges=merges)
     model = make_model(architecture, vocab=len(tokenizer) + 6, **config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.get_text_config(decoder=True).eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
