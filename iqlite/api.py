@@ -236,7 +236,7 @@ class Run:
 
     def _request(self, prompt: str | Messages) -> Messages:
         """A prompt as a request of at most what the base's context has room for; PromptsError for what is none."""
-        from iqlite.recipe.prompts import parse_request
+        from iqlite.recipe.requests import parse_request
         from iqlite.training.opening import room_of
 
         request = parse_request(prompt)

@@ -92,7 +92,7 @@ def _probe(
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"start": None})})  # the bare base is what is probed
     check_heard(recipe)
     strengths = sorted(strengths or {*STRENGTHS, recipe.superior.settings()["strength"]} - {0.0})
-    given = load_pairs(pairs) if pairs else []
+    given = load_pairs(pairs, lambda text: console.print(text, markup=False)) if pairs else []
     behavior = recipe.behavior
     described = [(behavior.wanted, behavior.unwanted), *((p.wanted, p.unwanted) for p in behavior.mixture)]
     notes = [note for wanted, unwanted in described for note in lint(wanted, unwanted)]

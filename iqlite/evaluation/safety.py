@@ -19,7 +19,7 @@ from rich.console import Console
 from iqlite.errors import PromptsError
 from iqlite.evaluation.answers import Answer, Answerer, collect
 from iqlite.model.sampling import Sampler
-from iqlite.recipe.prompts import is_text
+from iqlite.recipe.requests import is_text
 from iqlite.run.findings import SAFETY, file_of
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.intervals import RESAMPLES, SEED, Array, Estimate, wilson

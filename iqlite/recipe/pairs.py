@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iqlite.errors import PromptsError
 from iqlite.model.template import Chat
-from iqlite.recipe.prompts import is_text, parse_request
+from iqlite.recipe.requests import ROLES, TRANSCRIPT, parse_request, text_of
+from iqlite.recipe.rows import rows_of
 from iqlite.records import Messages
 
 
@@ -21,28 +23,51 @@ class Pair:
     rejected: str
 
 
-def load_pairs(path: Path) -> list[Pair]:
-    """JSON lines with `prompt` (or `messages`), `chosen` and `rejected` texts; PromptsError with the line that isn't so."""
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptsError(f"--pairs {path} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+def load_pairs(path: Path, say: Callable[[str], None] = lambda _: None) -> list[Pair]:
+    """Rows with `prompt` (or `messages`), `chosen` and `rejected`: texts, lists of turns, or whole transcripts that begin alike.
+
+    Rows with a null side are counted to `say`; PromptsError with the line of any other that isn't a pair.
+    """
+    found, without = [], 0
+    for number, row in rows_of(str(path), Path(), "--pairs"):
+        sides = [row.get(side) for side in ("chosen", "rejected")] if isinstance(row, Mapping) else [0]
+        if None in sides:
+            without += 1
             continue
-        try:
-            row = json.loads(line)
-            request = parse_request(row.get("prompt") or row.get("messages"))
-            chosen, rejected = row["chosen"], row["rejected"]
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            request, chosen, rejected = None, None, None
-        if request is None or not all(isinstance(text, str) and is_text(text) for text in (chosen, rejected)):
+        pair = _pair(row) if isinstance(row, Mapping) else None
+        if pair is None:
             raise PromptsError(f'--pairs {path}: line {number} must look like {{"prompt": …, "chosen": …, "rejected": …}}.')
-        found.append(Pair(request, chosen.strip(), rejected.strip()))
+        found.append(pair)
+    if without:
+        say(f"{path}: {without} row{'s' * (without > 1)} without a chosen or a rejected answer left out.")
     if not found:
         raise PromptsError(f"--pairs {path} holds no pair.")
     return found
+
+
+def _pair(row: Mapping[str, Any]) -> Pair | None:
+    given = row.get("prompt") or row.get("messages") or row.get("question") or row.get("instruction")
+    conversation = row["chosen"] if given is None else None
+    request = parse_request(given if given is not None else conversation)
+    chosen, rejected = (_answer(row[side]) for side in ("chosen", "rejected"))
+    if request is None or chosen is None or rejected is None:
+        return None
+    if conversation is not None and (parse_request(row["rejected"]) != request or chosen == row["chosen"]):
+        return None  # without a prompt, both must be conversations that begin alike
+    return Pair(request, chosen, rejected)
+
+
+def _answer(side: Any) -> str | None:
+    """An answer's text: of a string, of a transcript's or a list of turns' last turn, the assistant's."""
+    if isinstance(side, str):
+        last = TRANSCRIPT.split(side)
+        transcript = len(last) > 2 and side.lstrip().startswith("Human:")
+        return text_of(last[-1]) if transcript and last[-2] == "Assistant" else None if transcript else text_of(side)
+    if isinstance(side, (list, tuple)) and side and isinstance(side[-1], Mapping):
+        turn = side[-1]
+        if ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant":
+            return text_of(turn.get("content", turn.get("value")))
+    return None
 
 
 def answer_ids(chat: Chat, text: str) -> list[int]:

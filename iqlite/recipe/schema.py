@@ -85,6 +85,7 @@ class HubPrompts(Table):
     """`{ dataset = …, split = …, column = … }`: prompts from a data set on the hub."""
 
     dataset: Text = Field(description="The data set's id on the hub.")
+    config: str | None = Field(None, description="The configuration of a data set that has several.")
     split: Text = Field("train", description="The split to read.")
     column: str | None = Field(None, description="The column that holds the prompt; by default the first known name.")
     folder: str | None = Field(None, description="A folder inside the data set, such as harmless-base.")

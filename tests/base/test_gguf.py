@@ -40,7 +40,9 @@ def logits(folder: Path) -> torch.Tensor:
 
 def made(folder: Path, architecture: str, **config: Any) -> Path:
     """A tiny model's folder with its file by llama.cpp's converter, model.gguf."""
-    save_tiny(folder, architecture, merges=True, vocab_size=len(make_tokenizer(merges=True)), **config)
+    if architecture.startswith("gemma3"):  # the converter leaves its unused rows out
+        config |= {"vocab_size": len(make_tokenizer(merges=True)), "num_hidden_layers": 6, "layer_types": None}  # both know one pattern
+    save_tiny(folder, architecture, merges=True, **config)
     llama_cpp.converter("f32")(folder, folder / "model.gguf")
     return folder / "model.gguf"
 
@@ -58,7 +60,7 @@ def test_a_file_comes_back_as_its_model(architecture: str, tmp_path: Path) -> No
 def test_the_scaling_of_positions_is_kept(scaling: str, tmp_path: Path) -> None:
     architecture, rope = SCALINGS[scaling]
     file = made(tmp_path / "model", architecture, rope_parameters=rope | {"rope_theta": 10000.0})
-    plain = save_tiny(tmp_path / "plain", architecture, merges=True, vocab_size=len(make_tokenizer(merges=True)))
+    plain = save_tiny(tmp_path / "plain", architecture, merges=True)
     expected = logits(tmp_path / "model")
     assert (expected - logits(plain)).abs().max() > 0.1  # the scaling does something at these lengths
     assert torch.allclose(logits(convert_gguf(file, "it")), expected, atol=1e-5)

@@ -14,7 +14,8 @@ import pytest
 
 from iqlite.errors import PromptsError
 from iqlite.model.template import Chat, Description
-from iqlite.recipe.prompts import hold_back, load_prompts, parse_request
+from iqlite.recipe.prompts import hold_back, load_prompts
+from iqlite.recipe.requests import parse_request
 from iqlite.recipe.schema import HubPrompts
 from iqlite.records import Messages, Prompts
 from iqlite.run.rundir import RunDir
