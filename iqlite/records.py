@@ -60,7 +60,8 @@ class Rollout:
 
     `index` are the requests' numbers in their prompt set (they key the sampling noise), `prompt_ids` the plain prompts as they
     were read, `tokens_BT` int64 response ids padded on the right, `mask_BT` the response mask, `ended_B` whether an end-of-turn
-    token was sampled. The last `contrary` rows answer contrary prompts, for which the target is the reference itself. Host memory.
+    token was sampled. The last `contrary` rows answer contrary prompts, for which the target is the reference itself. `part_BT` is the
+    part of the response that is trained and scored, where that isn't all of it: the answer or the thinking before it. Host memory.
     """
 
     index: tuple[int, ...]
@@ -70,6 +71,12 @@ class Rollout:
     mask_BT: Tensor
     ended_B: Tensor
     contrary: int = 0
+    part_BT: Tensor | None = None
+
+    @property
+    def learned_BT(self) -> Tensor:
+        """The tokens that are trained and scored."""
+        return self.mask_BT if self.part_BT is None else self.part_BT
 
     def response_ids(self, row: int) -> list[int]:
         """The sampled ids of one row, its end-of-turn token included."""

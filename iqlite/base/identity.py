@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 IDENTITY_FILE = "iqlite.json"
 IDENTITY_TOLERANCE = 2.0**-7  # relative; what bfloat16, float16 and float32 copies of one weight may differ by
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_BEYOND = {
+    "trainable_token_indices": "trains single tokens' embeddings",
+    "target_parameters": "adapts parameters that aren't linear maps",
+    "alora_invocation_tokens": "begins at certain tokens only",
+    "layer_replication": "repeats layers",
+    "megatron_config": "is split over several cards",
+}
+"""Keys of PEFT's LoRA configuration that add to it what is no B·A on a linear map."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +92,27 @@ def check_adapter(folder: Path, base: Identity) -> Lora:
     if made_on is not None:
         if not made_on.same_base(base):
             raise AdapterError(f"{folder} was trained on {made_on.name}, not on {base.name}: use it with its own base.")
-    elif Path(str(config.get("base_model_name_or_path"))).name != Path(hub_name(base.name)).name:
-        raise AdapterError(
-            f"{folder} was trained on {config.get('base_model_name_or_path')}, not on {base.name}: use it with its own base."
-        )
+    else:  # its base's name says little: a path of another machine, a 4-bit copy, nothing; whether its shapes fit shows when it's loaded
+        said, own = (_plain_name(str(name)) for name in (config.get("base_model_name_or_path") or "", hub_name(base.name)))
+        if said and said != own and _is_model_name(config["base_model_name_or_path"]):
+            raise AdapterError(
+                f"{folder} was trained on {config['base_model_name_or_path']}, not on {base.name}: use it with its own base, or take base_model_name_or_path out of its {ADAPTER_CONFIG} if they are the same."
+            )
     rank = int(config.get("r", 0))
     alpha = float(config.get("lora_alpha", 0))
     return Lora(rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / max(1, rank))
+
+
+def _plain_name(name: str) -> str:
+    """A base's name without owner, folders, and what only tells how it is stored."""
+    last = re.split(r"[/\\\\]", name.rstrip("/\\"))[-1].lower()
+    snapshot = re.search(r"models--[^/\\\\]*--([^/\\\\]+)", name)
+    return re.sub(r"(-unsloth)?(-bnb-4bit|-4bit|-gguf|\.gguf)$", "", snapshot[1].lower() if snapshot else last)
+
+
+def _is_model_name(name: str) -> bool:
+    """True for what names a model: a hub id, or a folder with a name of its own."""
+    return not re.fullmatch(r"[0-9a-f]{40}|checkpoint-\d+|model|base|merged", _plain_name(name))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,6 +128,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
     if "lm_head" in str(config.get("target_modules")):
         raise AdapterError(f"{folder} adapts the LM head, which stays the base's here: train one on the other linear layers.")
+    for key, what in _BEYOND.items():
+        if config.get(key):
+            raise AdapterError(f"{folder} {what}, which a merge or a GGUF couldn't hold: train a plain LoRA on the linear layers.")
+    if "embed_tokens" in str(config.get("target_modules")):
+        raise AdapterError(
+            f"{folder} adapts the embedding, which a merge or a GGUF couldn't hold: train a plain LoRA on the linear layers."
+        )
+    if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise AdapterError(
+            f"{folder} was begun by {config['init_lora_weights']}, which changes the base's own weights: convert it to a plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
+        )
     if (
         config.get("peft_type") != "LORA"
         or config.get("bias", "none") != "none"

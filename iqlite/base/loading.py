@@ -10,6 +10,7 @@ import ctypes
 import gc
 import logging
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from iqlite.base.anatomy import Anatomy, auto_class
 from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
 from iqlite.base.shape import context_of
+from iqlite.base.stored_types import check_files, is_packed
 from iqlite.device import here, total_gib
 from iqlite.errors import BaseError, first_line
 
@@ -68,7 +70,7 @@ def load_base(
 
     `check` sees the configuration before any weights are read, and raises what speaks against them.
     """
-    from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -76,20 +78,27 @@ def load_base(
     device, dtype = here()
     source = locate(name, beside, revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
-    loader = auto_class(config, name)
-    check(config.to_dict())
+    loader, packed = auto_class(config, name), is_packed(config, name)
+    if Path(source).is_dir():
+        check_files(Path(source), name)
+    check({key: value for key, value in config.to_dict().items() if key != "quantization_config"})
     if Path(source).is_dir():  # a download shows its progress; reading a folder needn't
         transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "revision": revision}
-    if quantization == "nf4":
+    if packed:  # as it is stored, with its own settings but for what it computes in
+        quantization = "nf4"
+        check_bitsandbytes(device)
+        options["config"] = config
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    elif quantization == "nf4":
         check_bitsandbytes(device)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     if device.type == "cuda":
         options["device_map"] = {"": device.index}
+    tokenizer = read_tokenizer(source, name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
         model, found = loader.from_pretrained(source, output_loading_info=True, **options)
     except OSError as error:
         raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
@@ -109,6 +118,25 @@ def load_base(
         let_go_of_files(model)
     anatomy = Anatomy.of(model, name)
     return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, anatomy.config, anatomy.norm, anatomy.head.weight))
+
+
+def read_tokenizer(source: str, name: str, revision: str | None = None) -> Any:
+    """A base's tokenizer; BaseError says what it needs or what is wrong with its files."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
+    except OSError as error:
+        raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exceptions
+        said = first_line(error)
+        if re.search("sentencepiece|tiktoken|protobuf", str(error), re.IGNORECASE):
+            raise BaseError(
+                f"base {name!r} has a tokenizer.model and no tokenizer.json: pip install sentencepiece protobuf, which reading it needs."
+            ) from None
+        raise BaseError(
+            f"base {name!r}: its tokenizer can't be read ({said}): update tokenizers and transformers (pip install -U transformers tokenizers), or download it again."
+        ) from None
 
 
 def embed_on_host(model: Any) -> None:

@@ -147,9 +147,9 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
         raise BaseError(explain(name, error, local=folder is not None)) from None
     except (ValueError, KeyError) as error:
         kind = re.search(r"model type `([^`]*)`", str(error))
-        raise BaseError(
-            unknown(name, kind[1]) if kind else f"base {name!r}: its config.json can't be used ({first_line(error)}); download it again."
-        ) from None
+        if kind or "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise BaseError(unknown(name, kind[1] if kind else "its own")) from None
+        raise BaseError(f"base {name!r}: its config.json can't be used ({first_line(error)}); download it again.") from None
     auto_class(config, name)
     return source
 

@@ -58,7 +58,7 @@ def train_by_trl(
         beside=recipe.folder,
         embeddings=recipe.model.embeddings,
     )
-    chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+    chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id, recipe.model.thinking)
     base.tokenizer.chat_template = chat.template
     rate = recipe.train.learning_rate * (DPO_RATE if name == "dpo" else 1)
     trainer = _trainer(name, recipe, base, rows, work.path, per_step=per_step(name, recipe), steps=steps)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from iqlite.base.loading import read_tokenizer
 from iqlite.export.merge import DTYPES, Merge, write_safetensors
 from iqlite.export.stored import Stored
+from iqlite.model.rendering import Thinking
 from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 
@@ -26,19 +28,19 @@ def opened(run: RunDir, adapter: Path, *, base: str, scale: float, dtype: str | 
     compute = DTYPES[run.environment()["compute_dtype"]] if base == "trained" else torch.float32
     nf4 = base == "trained" and recipe.model.quantization == "nf4"
     merge = Merge(stored, adapter, nf4=nf4, compute=compute, scale=scale, dtype=DTYPES[dtype] if dtype else None)
-    return merge, chat_of(stored)
+    return merge, chat_of(stored, recipe.model.thinking)
 
 
-def chat_of(stored: Stored) -> Chat:
+def chat_of(stored: Stored, thinking: Thinking = "auto") -> Chat:
     """The base's tokenizer and its way to write requests."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(stored.folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(str(stored.folder), stored.name)
     try:
         eos = GenerationConfig.from_pretrained(stored.folder).eos_token_id
     except OSError:
         eos = getattr(stored.config, "eos_token_id", None)
-    return Chat(tokenizer, eos)
+    return Chat(tokenizer, eos, thinking)
 
 
 def write_folder(making: Path, merge: Merge, chat: Chat, job: Mapping[str, Any], wrote: Callable[[int], None] = lambda _: None) -> None:

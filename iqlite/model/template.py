@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from iqlite.errors import PromptsError
+from iqlite.errors import BaseError, PromptsError
+from iqlite.model.rendering import Template, Thinking
 from iqlite.records import Messages, Prompts
-
-DEFAULT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}\n\n"
-    "{% elif message.role == 'user' %}User: {{ message.content }}\n\n"
-    "{% else %}Assistant: {{ message.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-"""For models without a chat template: the system text, then `User: …` and `Assistant: …` turns; answers end with the EOS token."""
-
 
 FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; our choice
 
@@ -34,16 +27,26 @@ class Description:
 class Chat:
     """A tokenizer's way to write requests as ids. Never changes the tokenizer."""
 
-    def __init__(self, tokenizer: Any, generation_eos: int | Sequence[int] | None = None):
+    def __init__(self, tokenizer: Any, generation_eos: int | Sequence[int] | None = None, thinking: Thinking = "auto"):
         self.tokenizer = tokenizer
-        template = getattr(tokenizer, "chat_template", None)
-        if isinstance(template, dict):  # some models ship several, by name
-            template = template.get("default")
-        self.template = template or DEFAULT_TEMPLATE
-        self.default_template = not template
-        self.system_turn = self._takes_a_system_turn()
+        self.rendering = Template(tokenizer, thinking)
         self.stop_ids, self.turn_end = self._stop_ids(generation_eos)
         self._bos = tokenizer.bos_token_id if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else None
+
+    @property
+    def template(self) -> str:
+        """The template in Jinja's language."""
+        return self.rendering.text
+
+    @property
+    def default_template(self) -> bool:
+        """True if the tokenizer brings none, so that requests are written as User: … Assistant: … turns."""
+        return self.rendering.default
+
+    @property
+    def system_turn(self) -> bool:
+        """True if the template takes a system turn."""
+        return self.rendering.system_turn
 
     @property
     def adds_bos(self) -> bool:
@@ -71,12 +74,38 @@ class Chat:
 
     def ids(self, request: Messages, description: Description | None = None) -> list[int]:
         """Ids of the request up to where the answer begins, with exactly one BOS if the model has one."""
-        text = self.render(self.describe(request, description), answer=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self._ids_of(self.describe(request, description))
         if self._bos is not None:
             at = next((i for i, token in enumerate(ids) if token != self._bos), len(ids))
             ids = [self._bos, *ids[at:]]
         return ids
+
+    def _ids_of(self, turns: Messages) -> list[int]:
+        """Ids of rendered turns. A special token that somebody spells in a text stays text: it ends no turn and begins none."""
+        spelled = [token for token in self._special if any(token in turn["content"] for turn in turns)]
+        if not spelled:
+            found: list[int] = self.tokenizer(self.render(turns, answer=True), add_special_tokens=False).input_ids
+            return found
+        pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+        hidden: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
+            return f"\ue000{len(hidden) - 1}\ue001"
+
+        text = self.render(tuple({**turn, "content": pattern.sub(hide, turn["content"])} for turn in turns), answer=True)
+        ids: list[int] = []
+        for place, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+            if place % 2:  # as text: the inner tokenizer, for which no added token is one
+                ids += self.tokenizer(hidden[int(piece)], add_special_tokens=False, split_special_tokens=True).input_ids
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+        return ids
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        return tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
 
     @functools.cache  # noqa: B019 - a chat lives as long as its session
     def shared(self, description: Description | None = None) -> tuple[int, ...]:
@@ -88,14 +117,21 @@ class Chat:
 
     def render(self, turns: Messages, *, answer: bool) -> str:
         """The template's text of the turns; with `answer`, up to where the model's answer begins."""
-        text: str = self.tokenizer.apply_chat_template(
-            list(turns), chat_template=self.template, tokenize=False, add_generation_prompt=answer
-        )
-        return text
+        return self.rendering.render(turns, answer=answer)
 
     def text(self, ids: Sequence[int]) -> str:
-        """Sampled ids as text without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Sampled ids as text without special tokens, and without what the model thought before it answered."""
+        if self.rendering.still_thinking(ids):
+            return ""
+        text: str = self.tokenizer.decode(list(ids)[self.rendering.thought_end(ids) or 0 :], skip_special_tokens=True)
+        return text.strip()
+
+    def thought(self, ids: Sequence[int]) -> str:
+        """What the model thought before it answered; "" if it didn't."""
+        end = len(ids) if self.rendering.still_thinking(ids) else self.rendering.thought_end(ids) or 0
+        text: str = self.tokenizer.decode(list(ids)[:end], skip_special_tokens=True)
+        for mark in self.rendering.marks or ():
+            text = text.replace(mark, "")
         return text.strip()
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -142,24 +178,19 @@ class Chat:
             excess = len(self.ids(tuple(turns))) - longest
         return tuple(turns)
 
-    def _takes_a_system_turn(self) -> bool:
-        from jinja2 import TemplateError
-
-        turns: Messages = ({"role": "system", "content": "iq-probe"}, {"role": "user", "content": "hello"})
-        try:
-            return "iq-probe" in self.render(turns, answer=True)
-        except TemplateError:
-            return False
-
     def _stop_ids(self, generation_eos: int | Sequence[int] | None) -> tuple[tuple[int, ...], int]:
         """(the tokenizer's EOS, the generation config's, and the special token that ends the template's assistant turn; that last one)."""
         more = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
         stops = dict.fromkeys([self.tokenizer.eos_token_id, *more])
-        turns: Messages = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "iq-probe"})
-        ending = self.render(turns, answer=False).rpartition("iq-probe")[2]
-        after = self.tokenizer(ending, add_special_tokens=False).input_ids
+        after = self.tokenizer(self.rendering.ending(), add_special_tokens=False).input_ids
         special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
         ends = [token for token in after[:2] if token in special][:1]
+        if self.rendering.thinks and ends and (self.rendering.marks or ("",))[0].startswith("<|channel|>"):
+            ends = []  # it ends the thinking as well
         stops.update(dict.fromkeys(ends))
         found = tuple(token for token in stops if token is not None)
+        if not found:
+            raise BaseError(
+                "the base has no token that ends an answer, in its tokenizer, generation config or chat template: set eos_token in its tokenizer_config.json, or choose another base."
+            )
         return found, (ends or found)[0]

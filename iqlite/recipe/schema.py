@@ -40,6 +40,9 @@ class Model(Table):
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="nf4 keeps the base in 4 bits (double quantisation); none keeps it as it is."
     )
+    thinking: Literal["auto"] | bool = Field(
+        "auto", description="Whether the model thinks before it answers; auto: not, where its chat template leaves the choice."
+    )
     embeddings: Literal["card", "host"] = Field("card", description="Where the embedding table is; host spares the card an untied one.")
 
 
@@ -76,6 +79,9 @@ class Behavior(Table):
     unwanted: Text | None = Field(None, description="The unwanted behaviour, alike in form and length and opposite in meaning.")
     placement: Placement = Field(
         "auto", description="Where the description stands: system turn, head of the first user turn, or whichever moves the base more."
+    )
+    where: Literal["answer", "thinking", "both"] = Field(
+        "both", description="Which part of what a thinking model writes is trained: with model.thinking = true."
     )
     demonstrations: tuple[Demonstration, ...] = Field((), description="Earlier turns shown with the descriptions.")
     mixture: tuple[Principle, ...] = Field((), description="Several weighted behaviours instead of one, for the mixture estimator.")

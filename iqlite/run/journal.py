@@ -32,9 +32,10 @@ class Journal:
         """Appends one line to metrics.jsonl."""
         self.append(METRICS, {"step": metrics.step, **json_numbers(metrics.values)})
 
-    def add_sample(self, step: int, prompt: str, answer: str, score: float | None = None) -> None:
-        """Appends one held-out answer to samples.jsonl, with its score by the recipe's measure."""
-        self.append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer} | ({} if score is None else {"score": score}))
+    def add_sample(self, step: int, prompt: str, answer: str, score: float | None = None, thought: str = "") -> None:
+        """Appends one held-out answer to samples.jsonl, with its score by the recipe's measure, and what was thought before it."""
+        more: dict[str, Any] = ({} if score is None else {"score": score}) | ({"thought": thought} if thought else {})
+        self.append(SAMPLES, {"step": step, "prompt": prompt, "answer": answer} | more)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

@@ -28,6 +28,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     """Answers held-out prompts with fixed noise: KL(policy‖superior), the superior always read by the bare base, and the recipe's measure."""
     values: dict[str, float] = {}
     answers: dict[str, tuple[Prompts, list[str]]] = {}
+    thoughts: list[str] = []
     for name, prompts in (("eval", session.eval), ("contrary", session.contrary_eval), ("outside", session.outside)):
         if prompts is None:
             continue
@@ -36,6 +37,8 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
         answers[name] = asked, [session.chat.text(rollout.response_ids(row)) for row in range(len(asked))]
+        if name != "outside":
+            thoughts += [session.chat.thought(rollout.response_ids(row)) for row in range(len(asked))]
     measure, (asked, texts) = session.recipe.judge.measure, answers["eval"]
     if measure == HARMLESS and "contrary" in answers:  # both kinds of right answer
         asked, texts = asked + answers["contrary"][0], texts + answers["contrary"][1]
@@ -49,8 +52,8 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     if measure == HARMLESS:
         values |= {f"eval/{kind}_right_share": yes / of for kind, (yes, of) in by_kind(asked, texts).items() if of}
     shown = (step // session.recipe.train.eval_every) % len(answers["eval"][1])
-    for row, (request, text, score) in enumerate(zip(asked.requests, texts, score_P.tolist(), strict=True)):
-        run.add_sample(step, request[-1]["content"], text, score)
+    for row, (request, text, thought, score) in enumerate(zip(asked.requests, texts, thoughts, score_P.tolist(), strict=False)):
+        run.add_sample(step, request[-1]["content"], text, score, thought)
         if row == shown:
             report.sample(step, request[-1]["content"], text)
     best, verdicts = monitors.after_eval(step, values, score_P.tolist(), asked.expected if measure == HARMLESS else ())

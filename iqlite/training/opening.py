@@ -80,11 +80,14 @@ def open_session(
     base = load_base(
         model.base, model.quantization, revision=model.revision, beside=recipe.folder, embeddings=model.embeddings, check=check
     )
-    chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id)
+    chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id, recipe.model.thinking)
     policy = _policy(recipe, base, start)
     notes = []
     if chat.default_template:
         notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
+    if chat.rendering.marks and not chat.rendering.thinks:
+        notes.append(f"{base.name} can think before it answers and is trained without: model.thinking = true trains it thinking.")
+    notes += policy.notes
     if (has := (policy.rank, policy.alpha)) != (asked := (recipe.adapter.rank, recipe.adapter.alpha)):
         notes.append(
             f"the adapter that this goes on from has rank {has[0]} and alpha {has[1]:g}: adapter.rank = {asked[0]} and adapter.alpha = {asked[1]:g} aren't used."

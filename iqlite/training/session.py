@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from iqlite.errors import RecipeError
 from iqlite.machine.sizes import Sizes
 from iqlite.method.estimators import ESTIMATORS
@@ -94,7 +96,7 @@ class Session:
         """Samples answers to requests by a role, plain or told a description."""
         ids = [self.chat.ids(request, description) for request in requests]
         numbers = range(len(requests)) if index is None else index
-        return sample(
+        rollout = sample(
             self.policy,
             role,
             requests,
@@ -107,11 +109,32 @@ class Session:
             shared=self.chat.shared(description),
             progress=progress,
         )
+        where = self.recipe.behavior.where
+        return replace(rollout, part_BT=self._part(rollout, where)) if where != "both" and self.chat.rendering.thinks else rollout
+
+    def check_part(self, rollout: Rollout) -> None:
+        """RecipeError if nothing of these answers is of the part that is trained: they end before they have thought to the end."""
+        if not bool(rollout.learned_BT.any()):
+            where, new = self.recipe.behavior.where, self.recipe.rollout.max_new_tokens
+            raise RecipeError(
+                f'{self.recipe.path}: no answer has anything of behavior.where = "{where}" in its {new} tokens: raise rollout.max_new_tokens, '
+                'or set model.thinking = false or behavior.where = "both".'
+            )
+
+    def _part(self, rollout: Rollout, where: str) -> torch.Tensor:
+        """The tokens [B, T] of the answers, or of the thinking before them."""
+        thought_BT = torch.zeros_like(rollout.mask_BT)
+        for row in range(len(rollout.index)):
+            ids = rollout.response_ids(row)
+            end = self.chat.rendering.thought_end(ids)
+            thought_BT[row, : len(ids) if end is None else end] = True
+        return rollout.mask_BT & (thought_BT if where == "thinking" else ~thought_BT)
 
     def score(self, rollout: Rollout, *, weights: str | None = None) -> TokenStatistics:
         """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient."""
         which = self.readings if weights is None else readings(self.recipe, self.placement, weights)
-        mask_BT = rollout.mask_BT
+        self.check_part(rollout)
+        mask_BT = rollout.learned_BT
         scores = read(self.policy, self.chat, rollout, [*which, Reading("policy", "policy")], self.sizes)
         hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
         return chunked_statistics(

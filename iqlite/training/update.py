@@ -22,8 +22,8 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
     add up to one masked mean over all response tokens, so their size doesn't change the result beyond rounding.
     """
     policy, recipe = session.policy, session.recipe
-    total_tokens = int(rollout.mask_BT.sum())
-    assert total_tokens > 0, "no response tokens to train on"
+    total_tokens = int(rollout.learned_BT.sum())
+    session.check_part(rollout)
     old_logp_BT, advantage_BT = rollout_advantages(session, rollout, scores)
     first: TokenStatistics | None = None
     norm = math.nan
@@ -55,7 +55,7 @@ def backward(
     advantage_BT: torch.Tensor | None,
 ) -> TokenStatistics:
     """Adds some rows' part of the gradient. A function of its own: after an out-of-memory nothing of its graph stays alive."""
-    policy, mask_bT = session.policy, rollout.mask_BT[rows]
+    policy, mask_bT = session.policy, rollout.learned_BT[rows]
     contrary_n = None
     if rollout.contrary:
         contrary_n = torch.tensor([rollout.is_contrary(row) for row in rows])[:, None].expand_as(mask_bT)[mask_bT]
@@ -109,7 +109,7 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
             part_bT = torch.zeros(mask_bT.shape)
             part_bT[mask_bT] = values[name]
             target_BT[rows] = part_bT
-    return logp_BT, advantages(reward_BT, rollout.mask_BT, gamma=float(settings["gamma"]), centre=bool(settings["centre"]))
+    return logp_BT, advantages(reward_BT, rollout.learned_BT, gamma=float(settings["gamma"]), centre=bool(settings["centre"]))
 
 
 def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:

@@ -162,7 +162,7 @@ def test_what_can_t_be_loaded_is_one_sentence(tiny: Callable[..., Path], tmp_pat
     strange = save_tiny(tmp_path / "strange")
     (strange / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": {"AutoConfig": "evil.Config"}}))
     (strange / "evil.py").write_text("raise SystemExit('remote code ran')")
-    assert "has no code for a model of type 'made-up', and a model's own code isn't run here" in refusal("strange", tmp_path)
+    assert "has no code for a model of type 'its own', and a model's own code isn't run here" in refusal("strange", tmp_path)
     cut = save_tiny(tmp_path / "cut")
     (cut / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(BaseError, match="can't be"):

@@ -1,0 +1,153 @@
+"""Checkpoints as others store them: bitsandbytes' 4 bits are used as they are and merge dequantised; the rest is refused before any training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from iqlite.base.identity import Identity, check_adapter
+from iqlite.base.loading import load_base
+from iqlite.errors import AdapterError, BaseError
+from iqlite.model.linear import dense
+from iqlite.run.rundir import RunDir
+from tests.helpers.tiny import save_tiny
+
+IDS = torch.arange(40).reshape(2, 20)
+
+
+@pytest.fixture
+def packed(tiny: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny model as `save_pretrained` of a loaded 4-bit model writes it, with settings of its own."""
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+    )
+    folder = tmp_path / "tiny-bnb-4bit"
+    shutil.copytree(tiny(), folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny(), quantization_config=four).save_pretrained(folder)
+    return folder
+
+
+def test_four_bits_are_used_as_they_are(packed: Path) -> None:
+    base = load_base(str(packed), "none")
+    layers = [module for module in base.model.modules() if getattr(getattr(module, "weight", None), "quant_state", None) is not None]
+    assert len(layers) == 14 and {layer.weight.quant_state.quant_type for layer in layers} == {"fp4"}
+    assert {layer.compute_dtype for layer in layers} == {base.compute_dtype} and base.quantization == "nf4"
+
+
+@pytest.mark.parametrize("weights", ["trained", "stored"])
+def test_they_merge_dequantised(weights: str, packed: Path, make_run: Callable[..., RunDir], iqlite: Callable[..., Any]) -> None:
+    run = make_run(model={"base": str(packed), "quantization": "nf4"})
+    code, _, err = iqlite("merge", run.path, "-o", "merged", "--weights", weights, "--json", "--no-check")
+    assert code == 0, err
+    merged = load_file("merged/model.safetensors")
+    adapter = load_file(run.adapter / "adapter_model.safetensors")
+    for name, module in load_base(str(packed), "nf4").model.named_modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            a_rI, b_Or = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            assert torch.allclose(merged[f"{name}.weight"], dense(module) + 2.0 * b_Or @ a_rI, atol=1e-6), name
+    assert not any("quant" in key or "absmax" in key for key in merged)
+    assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained("merged")(IDS).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits by bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_other_quantisations_are_refused_by_name(told: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "it")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+    with pytest.raises(BaseError, match=f"is stored as {said}.*take the model's 16-bit original"):
+        load_base(str(folder), "nf4")
+
+
+def test_types_and_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+    eight = save_tiny(tmp_path / "eight")
+    weights = load_file(eight / "model.safetensors")
+    save_file({key: w.to(torch.float8_e4m3fn) if w.ndim == 2 else w for key, w in weights.items()}, eight / "model.safetensors")
+    with pytest.raises(BaseError, match="stores weights as F8_E4M3"):
+        load_base(str(eight), "nf4")
+    missing = save_tiny(tmp_path / "missing")
+    keys = sorted(weights)
+    (missing / "model.safetensors").unlink()
+    save_file({key: weights[key] for key in keys[:5]}, missing / "model-00001-of-00002.safetensors")
+    shards = {key: f"model-0000{1 + (key not in keys[:5])}-of-00002.safetensors" for key in keys}
+    (missing / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    with pytest.raises(BaseError, match=r"lacks model-00002-of-00002\.safetensors, one of its 2 files of weights: download it again"):
+        load_base(str(missing), "nf4")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "it")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "Unheard", "vocab": {}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BaseError, match=r"its tokenizer can't be read \(.*\): update tokenizers and transformers"):
+        load_base(str(folder), "none")
+
+
+def adapter(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    plain = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "base_model_name_or_path": "owner/It",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+OWN = Identity("owner/it", "llama", 8, 8, 1, (0.0,))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"trainable_token_indices": [1, 2]}, "trains single tokens' embeddings"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "adapts the embedding"),
+        ({"init_lora_weights": "pissa_niter_16"}, "begun by pissa_niter_16, which changes the base's own weights"),
+        ({"init_lora_weights": "olora"}, "begun by olora"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "parameters that aren't linear maps"),
+        ({"bias": "lora_only"}, "isn't a plain LoRA"),
+    ],
+)
+def test_adapters_with_parts_that_would_be_lost_are_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=said):
+        check_adapter(adapter(tmp_path / "it", **config), OWN)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "owner/It", "unsloth/It-bnb-4bit", "unsloth/it-unsloth-bnb-4bit", "C:\\\\models\\\\It", "/home/x/.cache/hub/models--owner--It/snapshots/" + "a" * 40,
+        "/somewhere/checkpoint-20", None,
+    ],
+)  # fmt: skip
+def test_a_base_by_another_name_is_accepted(name: str | None, tmp_path: Path) -> None:
+    assert check_adapter(adapter(tmp_path / "it", base_model_name_or_path=name), OWN).rank == 4
+
+
+def test_another_base_is_not(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="was trained on owner/other, not on owner/it.*take base_model_name_or_path out"):
+        check_adapter(adapter(tmp_path / "it", base_model_name_or_path="owner/other"), OWN)
