@@ -47,6 +47,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run for PEFT, llama.cpp, LM Studio or Ollama."""
+    from iqlite.export import converter
     from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
     from iqlite.export.checks import leaving
     from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
@@ -75,6 +76,9 @@ def export(
 
     console.print(f"[dim]exporting {run}/{which} as {to}[/]")
     merge, chat = opened(run_dir, folder, base="stored" if small else weights.value, scale=scale, dtype=None)
+    other = converter.needed(merge.stored.config.model_type) if to in ("gguf", "ollama") and not small else None
+    if other and tool is None and (quant or "f16") not in converter.WRITES:
+        tool = check_quant(f"{quant}", own=False)
     made: dict[str, Any] = {"format": to, "scale": scale}
     made |= {} if small or to == "peft" else {"base_weights": weights.value}
     made |= {"quantization": quant or ("f32" if small else "f16")} if to in ("gguf", "gguf-adapter", "ollama") else {}
@@ -84,9 +88,18 @@ def export(
     next_command = ""
 
     def model_file(path: Path) -> None:
+        whole = path if tool is None else path.with_name(f"{path.name}.f16")
+        kind = "f16" if tool else quant or "f16"
         with bytes_done(console, "writing", merge.bytes()) as wrote:
-            whole = path if tool is None else path.with_name(f"{path.name}.f16")
-            write_model(whole, merge, chat.tokenizer, chat.stop_ids, quant="f16" if tool else quant or "f16", name=name, wrote=wrote)
+            if other is None:
+                write_model(whole, merge, chat.tokenizer, chat.stop_ids, quant=kind, name=name, wrote=wrote)
+            else:
+                merged = path.with_name(f"{path.name}.merged")
+                write_folder(merged, merge, chat, {key: about[key] for key in ("base", "adapter", "made")}, wrote)
+        if other is not None:
+            console.print("[dim]llama.cpp's converter writes the GGUF[/]")
+            converter.convert(other, merged, whole, kind)
+            shutil.rmtree(merged)
         if tool is not None:
             quantize_with(tool, whole, path, str(quant))
             whole.unlink()

@@ -40,11 +40,14 @@ FINE = ("token_embd.weight", "output.weight")  # kept at 8 bits where the layers
 QUANTIZERS = ("llama-quantize", "quantize")
 
 
-def check_quant(quant: str) -> Path | None:
-    """llama.cpp's tool where `quant` needs it, else None; RunError for an unknown type or a missing tool, before any work."""
-    if quant in WRITTEN:
+def check_quant(quant: str, *, own: bool = True) -> Path | None:
+    """llama.cpp's tool where `quant` needs it, else None; RunError for an unknown type or a missing tool, before any work.
+
+    Without `own` every type but those of llama.cpp's converter needs it.
+    """
+    if quant in WRITTEN and own:
         return None
-    if quant not in BY_LLAMA_CPP:
+    if quant not in (*BY_LLAMA_CPP, *WRITTEN):
         raise RunError(f"--quant {quant!r} isn't a type: choose one of {', '.join((*WRITTEN, *BY_LLAMA_CPP))}.")
     home = os.environ.get("LLAMA_CPP")
     places = [*([Path(home), Path(home) / "bin", Path(home) / "build" / "bin"] if home else []), Path("llama.cpp/build/bin")]

@@ -22,9 +22,19 @@ ARCHITECTURE = {
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "granite": gguf.MODEL_ARCH.GRANITE,
     "cohere": gguf.MODEL_ARCH.COMMAND_R,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
+    "exaone4": gguf.MODEL_ARCH.EXAONE4,
 }
-ROTATED_IN_PAIRS = ("llama", "mistral", "granite")  # llama.cpp turns neighbours there, transformers a head's halves: q and k are permuted
-NORM_PLUS_ONE = ("gemma", "gemma2")  # transformers stores the norm's weight minus one
+ROTATED_IN_PAIRS = (
+    "llama",
+    "mistral",
+    "granite",
+    "smollm3",
+)  # llama.cpp turns neighbours there, transformers a head's halves: q and k are permuted
+NORM_PLUS_ONE = ("gemma", "gemma2", "gemma3_text")  # transformers stores the norm's weight minus one
 
 # llama.cpp knows pre-tokenizers by name. These are their regular expressions as tokenizer.json spells them.
 _CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,9 +59,13 @@ def describe(writer: Any, config: Any) -> None:
     if kind != "granite" and getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if kind not in ("gemma", "gemma2"):
+    if kind not in NORM_PLUS_ONE:
         writer.add_rope_dimension_count(head_dim)
     _rope(writer, config)
+    if kind in ("gemma3_text", "olmo3", "exaone4"):
+        writer.add_sliding_window(config.sliding_window)
+    if kind in ("olmo3", "exaone4"):  # Gemma's pattern is llama.cpp's own knowledge
+        writer.add_sliding_window_pattern([layer == "sliding_attention" for layer in config.layer_types])
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -66,9 +80,11 @@ def describe(writer: Any, config: Any) -> None:
 
 
 def _rope(writer: Any, config: Any) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope, near = rope_of(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     kind = rope.get("rope_type", "default")
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if near is not None:
+        writer.add_rope_freq_base_swa(float(near["rope_theta"]))
     if kind in ("default", "llama3"):  # llama3's factors are a tensor
         if config.model_type == "cohere":
             writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
@@ -83,9 +99,16 @@ def _rope(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
+def rope_of(config: Any) -> dict[str, Any]:
+    """How positions are rotated; in the layers that see everything, where others see a window only."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    found: dict[str, Any] = rope.get("full_attention", rope)
+    return found
+
+
 def rope_factors(config: Any) -> list[float] | None:
     """Llama 3's stretch of each rotation's wavelength (transformers' `rope_type = "llama3"`), [head_dim / 2]; None for other models."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
         return None
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

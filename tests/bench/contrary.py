@@ -81,9 +81,9 @@ def figures(name: str, data: dict[str, Any], contrary: bool) -> dict[str, Any]:
     """Trains with or without the contrary prompts and measures on both kinds, held out."""
     without = json.loads(json.dumps(data))
     del without["prompts"]["contrary"]
-    held = open_session(parse_recipe(data, OUT / "recipe.toml")).contrary_eval
+    held = open_session(parse_recipe(data, shipped_recipes() / "contrary.toml")).contrary_eval
     assert held is not None
-    recipe = parse_recipe(data if contrary else without, OUT / "recipe.toml")
+    recipe = parse_recipe(data if contrary else without, shipped_recipes() / "contrary.toml")
     session = open_session(recipe)
     folder = OUT / f"{name}-{'on' if contrary else 'off'}"
     shutil.rmtree(folder, ignore_errors=True)
