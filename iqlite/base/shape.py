@@ -79,6 +79,8 @@ class Shape:
     def of(cls, config: Mapping[str, Any], name: str) -> Shape:
         """From a config.json; BaseError if a number is missing, or transformers knows no such model."""
         kind = str(config.get("model_type"))
+        if "counted" in config:  # a shape that comes with the package
+            return cls(**{**config["counted"], "maps": tuple(map(tuple, config["counted"]["maps"]))})
         try:
             if kind in USUAL and _unmixed(config):
                 return cls._usual(kind, config)

@@ -189,7 +189,7 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "adapter of another base": (foreign_adapter, ["theirs", "other-base"]),
     "missing adapter": (changed(adapter={"start": "nothing"}), ["nothing", "adapter_config.json"]),
     "unreadable GGUF": (broken_gguf, ["broken.gguf", "can't be read", "download it again"]),
-    "GGUF of another architecture": (gguf_of_another_architecture, ["phi.gguf", "'phi3'", "isn't supported", "qwen2"]),
+    "GGUF of another architecture": (gguf_of_another_architecture, ["phi.gguf", "'phi3'", "can't convert", "the original model's folder"]),
     "adapter on the head": (adapter_on_the_head, ["headed", "LM head"]),
     "pickled weights only": (pickled_base, ["pickled", "pickled weights aren't loaded", "safetensors"]),
     "missing base": (changed(model={"base": "./nothing"}), ["./nothing", "no such file or folder"]),

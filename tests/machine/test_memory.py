@@ -43,7 +43,7 @@ def work_on_a_card(name: str, tokens: int = 1024, new: int = 256) -> tuple[Shape
     return shape, replace(work, prompt_tokens=tokens - new, new_tokens=new, prompts=32, answers=32)
 
 
-@pytest.mark.parametrize("name", [*known()])
+@pytest.mark.parametrize("name", [name for name, config in known().items() if "counted" not in config])
 def test_shapes_count_the_weights_that_transformers_would_make(name: str) -> None:
     config = dict(known()[name])
     with torch.device("meta"):

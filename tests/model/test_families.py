@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from iqlite.base.anatomy import Anatomy, auto_class
 from iqlite.base.loading import load_base
+from iqlite.base.names import shape_of
 from iqlite.base.shape import Shape
 from iqlite.chat.superior import superior_answers
 from iqlite.errors import BaseError
@@ -158,3 +159,15 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(BaseError, match="'t5' model is no decoder-only language model"):
         load_base(str(tmp_path / "t5"), "none")
+
+
+def test_a_shape_that_comes_with_the_package_is_the_counted_one() -> None:
+    """Gemma 3 12B's, from the sizes of its configuration."""
+    text = {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "head_dim": 256, "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window": 1024,
+    }  # fmt: skip
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27, "image_size": 896, "patch_size": 14}  # fmt: skip
+    counted = Shape.of({"model_type": "gemma3", "mm_tokens_per_image": 256, "text_config": text, "vision_config": vision}, "it")
+    assert counted == shape_of("google/gemma-3-12b-it")
+    assert 12.1e9 < counted.parameters < 12.3e9
