@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -48,6 +49,9 @@ def main() -> None:
     """The console script: errors for people are one sentence on standard error and exit code 2."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):  # a narrow encoding, as Windows gives redirected output, loses a sign and not the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if not sys.stderr.isatty():
         os.environ.update(dict.fromkeys(NO_BARS, "1"))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -31,7 +32,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def clean(text: str, longest: int | None = None) -> str:
     """A model's text for a terminal: control characters and markup are made visible or harmless, line ends become spaces."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    flat = " ".join(part for part in "".join(" " if _controls(c) else c for c in text).split(" ") if part)
     if longest is not None and len(flat) > longest:
         flat = flat[: longest - 1] + "…"
     return escape(flat)
@@ -39,7 +40,19 @@ def clean(text: str, longest: int | None = None) -> str:
 
 def harmless(text: str) -> str:
     """A model's text as it may be written to a terminal: line ends stay, other control characters become visible."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\ufffd" for c in text)
+    return "".join("\n" if c == "\n" else " " if c == "\t" else "\ufffd" if _controls(c) else c for c in text)
+
+
+def _controls(character: str) -> bool:
+    """True for what steers a terminal (C0, C1, separators of lines, overrides of direction) or can't be written (half a surrogate pair).
+
+    Joiners, spaces of all widths, direction marks and signs newer than this Python are text.
+    """
+    return (
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        or "\u202a" <= character <= "\u202e"
+        or "\u2066" <= character <= "\u2069"
+    )
 
 
 class WordWrap:

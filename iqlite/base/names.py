@@ -60,14 +60,22 @@ def embedded() -> Path:
 
 def ollama(name: str) -> Path:
     """`ollama:NAME:TAG` → the blob Ollama keeps for it, read off its manifest."""
-    model, _, tag = name.removeprefix("ollama:").partition(":")
+    asked = name.removeprefix("ollama:")
+    place, slash, last = asked.rpartition("/")
+    short, _, tag = last.partition(":")
+    model, said = f"{place}{slash}{short}", f":{tag}" if tag else ""
     root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
-    wanted = model if "/" in model else f"library/{model}"
-    manifests = [m for m in root.glob(f"manifests/*/{wanted}/{tag or 'latest'}") if m.is_file()]
+    host = "." in place.partition("/")[0] or ":" in place.partition("/")[0]  # of another registry, such as hf.co/owner/model
+    wanted = model if host else f"*/{model if slash else f'library/{model}'}"
+    manifests = [m for m in root.glob(f"manifests/{wanted}/{tag or 'latest'}") if m.is_file()]
     if not manifests:
-        raise BaseError(f"base {name!r}: Ollama has no such model in {root}; run: ollama pull {model}{':' + tag if tag else ''}")
+        raise BaseError(f"base {name!r}: Ollama has no such model in {root}; run: ollama pull {model}{said}")
     try:
         layers = json.loads(manifests[0].read_text("utf-8"))["layers"]
+        if any(layer["mediaType"].endswith("image.adapter") for layer in layers):
+            raise BaseError(
+                f"base {name!r} is a model with an adapter of its own (ADAPTER in its Modelfile), of which only the bare model could be opened: name the model that it was made from."
+            )
         digest = next(layer["digest"] for layer in layers if layer["mediaType"].endswith("image.model"))
     except (ValueError, KeyError, TypeError, StopIteration):
         raise BaseError(f"base {name!r}: Ollama's manifest {manifests[0]} names no model; run: ollama pull {model}") from None

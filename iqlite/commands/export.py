@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -111,10 +113,10 @@ def export(
                 write_folder(making, merge, chat, {key: about[key] for key in ("base", "adapter", "made")}, wrote)
         elif to == "gguf":
             model_file(making)
-            next_command = f"llama-cli -m {out}"
+            next_command = f"llama-cli -m {shlex.quote(str(out))}"
         elif to == "gguf-adapter":
             write_adapter(making, merge, quant=quant or "f32", name=name)
-            next_command = f"llama-cli -m {original or 'THE-BASE.gguf'} --lora {out}"
+            next_command = f"llama-cli -m {shlex.quote(str(original or 'THE-BASE.gguf'))} --lora {shlex.quote(str(out))}"
         else:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
@@ -167,4 +169,7 @@ def _ollama(
         text = modelfile(chat, "./model.gguf", None)
     (making / "Modelfile").write_text(text, "utf-8")
     about["made"]["template_exact"] = Template.of(chat).is_exact(chat)
-    return f"ollama create {name} -f {out / 'Modelfile'}"
+    if "strftime_now" in chat.template:
+        about["made"]["template_dated"] = True
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model"  # what Ollama takes
+    return f"ollama create {plain} -f {shlex.quote(str(out / 'Modelfile'))}"

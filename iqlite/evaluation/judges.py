@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,21 @@ REWARD, PREFIXES = "reward:", ("http://", "https://")
 KEY = "IQLITE_JUDGE_KEY"
 TRIES, TIMEOUT_S = 4, 120.0
 TOKENS, THINKING = 8, 2048  # of a reply, and of one that thinks first
-THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # templates may open it themselves
+THOUGHT = re.compile(  # templates may open it themselves
+    r".*(?:</think>|</thinking>|</thought>|</reasoning>|</seed:think>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>)|<think>.*",
+    re.DOTALL | re.IGNORECASE,
+)
+WRAPPED = re.compile(
+    r"\\boxed\s*\{\s*(?:\\text\{)?([abt])\b|<(?:answer|verdict)>\s*([abt])\s*</|\"(?:winner|answer|verdict|better|choice)\"\s*:\s*\"([abt])\"",
+    re.IGNORECASE,
+)
+LABEL = r"(?:(?:(?:my|the|final)\s+)*(?:verdict|winner|response|option|choice|answer|answer is|réponse|antwort|respuesta|risposta|resposta|答案|i prefer)\W+)*"
 SAID = {"a": 1.0, "b": 0.0, "t": 0.5, "tie": 0.5}
-TIE = re.compile(r"\W*(?:it(?:'s| is)\s+)?(?:a\s+)?(?:tie|draw)\b", re.IGNORECASE)
+TIE = re.compile(r"\W*(?:it(?:'s| is)\s+)?(?:a\s+)?(?:(?:tie|draw)\b|equal\W*$)", re.IGNORECASE)
 VERDICT = re.compile(  # a letter and nothing else on its line, or what can only praise it: "A good question", "A is too short", "A: dull, B: warm" are none
-    r"\W*(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])(?:[^\w\n]*(?:$|\n)|\.\s(?!.*\b[ABT]\b)|\s+wins\b|\s+is\s+(?:the\s+)?better\b|,?\s+(?:because|since)\b)",
+    r"\W*"
+    + LABEL
+    + r"(?:the\s+)?(?:better\s+)?(?:answer\W+)?(?:is\W+)?(?:answer\W+)?([abt])(?:[^\w\n]*(?:$|\n)|\.\s(?!.*\b[ABT]\b)|\s+wins\b|\s+is\s+(?:the\s+)?better\b|,?\s+(?:because|since)\b)",
     re.IGNORECASE,
 )
 ASKED = """You compare two answers to the same request. {rubric}
@@ -96,6 +106,7 @@ class ModelJudge:
     malformed: int = 0
     tokens: int = 0
     thinks: bool = False
+    refused: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         try:
@@ -143,6 +154,8 @@ class ModelJudge:
             reply = THOUGHT.sub("", said)
             if TIE.match(reply):
                 return 0.5
+            if letter := WRAPPED.search(reply):
+                return SAID[letter[letter.lastindex or 1].lower()]
             if letter := VERDICT.match(reply):
                 return SAID[letter[1].lower()]
             if cut and room == THINKING:
@@ -154,15 +167,18 @@ class ModelJudge:
         """(what the model says, whether it was cut off)."""
         import openai
 
-        limits: dict[str, Any] = {"max_completion_tokens": THINKING} if self.thinks else {"max_tokens": room, "temperature": 0.0, "seed": 0}
+        limits: dict[str, Any] = {"max_completion_tokens": THINKING} if self.thinks else {"max_tokens": room}
+        limits |= {name: value for name, value in {"temperature": 0.0, "seed": 0}.items() if name not in self.refused}
         self.asked += 1
         try:
             found = self._client.chat.completions.create(messages=[{"role": "user", "content": text}], model=self.model, **limits)
         except openai.APIStatusError as error:
-            if error.status_code == 400 and not self.thinks and any(name in str(error.message) for name in limits):
-                self.thinks = True  # hosted models that think don't take these
+            told = f"{error.message} {error.body}"
+            if error.status_code in (400, 422) and (named := [name for name in limits if name in told and name not in self.refused]):
+                self.refused |= {*named}  # some servers forbid what they don't know; hosted models that think take another limit
+                self.thinks = self.thinks or "max_tokens" in named
                 return self._reply(text, room)
-            said = _printable(str(error.message))[:200]
+            said = _printable(str(error.body or error.message))[:200]
             raise RunError(
                 f"the judge at {self.shown} refuses (HTTP {error.status_code}: {said}): check the model's name and {KEY}; verdicts so far are kept."
             ) from None

@@ -50,6 +50,10 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
     if (aim := manifest["figures"].get("aim")) and aim["forced"]:
         means = ", ".join(f"{name} {score:.2f}" for name, score in aim["scores"].items())
         said.append(f"Training was forced although its target pointed the wrong way by {aim['measure']} ({means}).")
+    if manifest["made"].get("template_exact") is False:
+        said.append("The Modelfile's template isn't the model's own in every conversation: compare a longer one with iqlite chat.")
+    if manifest["made"].get("template_dated"):
+        said.append("The model's chat template writes today's date; the Modelfile keeps the date of this export.")
     if not safety:
         return [*said, "Harm, over-refusal and bias before and after training weren't measured: iqlite compare RUN does."]
     return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for one in safety for sentence in one["worse"])]

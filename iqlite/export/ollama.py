@@ -15,7 +15,10 @@ _SYSTEM, _USERS, _ANSWERS = "iq-system", ("iq-first", "iq-second"), ("iq-answer-
 
 @dataclass(frozen=True)
 class Template:
-    """The text around each part of a conversation. `first`: before the first user turn; `system`: around a system text there."""
+    """The text around each part of a conversation. `first`: before the first user turn; `system`: around a system text there.
+
+    `opening` is what stands only before the answer that is to come, such as a thought that begins or is left empty.
+    """
 
     first: str
     system: tuple[str, str]
@@ -23,6 +26,7 @@ class Template:
     answers: str
     before_history: str
     end: str
+    opening: str
 
     @classmethod
     def of(cls, chat: Chat) -> Template:
@@ -31,11 +35,19 @@ class Template:
         first, one, between, two, last = _around(chat, turns, answer=False, marks=(_USERS[0], _ANSWERS[0], _USERS[1], _ANSWERS[1]))
         del two
         asks = _around(chat, turns[:1], answer=True, marks=(_USERS[0],))[1]
-        answers = asks if one.startswith(asks) else one
+        answers = _common(asks, one)
         end = last if between.startswith(last) else _common(between, last)
         told = _around(chat, conversation(_SYSTEM, answered=False)[:2], answer=True, marks=(_SYSTEM, _USERS[0]))
         bos = chat.tokenizer.bos_token if chat.adds_bos else ""  # the runner puts it there itself
-        return cls(first.removeprefix(bos), (told[0].removeprefix(bos), told[1]), between[len(end) :], answers, one[len(answers) :], end)
+        return cls(
+            first.removeprefix(bos),
+            (told[0].removeprefix(bos), told[1]),
+            between[len(end) :],
+            answers,
+            one[len(answers) :],
+            end,
+            asks[len(answers) :],
+        )
 
     def render(self, turns: Messages) -> str:
         """What the Go template makes of a conversation that ends with a user turn."""
@@ -47,7 +59,7 @@ class Template:
                 text, first = text + start + turn["content"] + self.answers, False
             elif turn["role"] == "assistant":
                 text += self.before_history + turn["content"] + self.end
-        return text
+        return text + self.opening
 
     def is_exact(self, chat: Chat) -> bool:
         """True if conversations of several turns come out as the model's own template writes them."""
@@ -61,7 +73,7 @@ class Template:
         user = f"{start}{{{{ $first = false }}}}{{{{ else }}}}{self.later}{{{{ end }}}}{{{{ .Content }}}}{self.answers}"
         answer = f"{self.before_history}{{{{ .Content }}}}{self.end}"
         turn = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}'
-        return f"{{{{ $first := true }}}}{{{{ range .Messages }}}}{turn}{{{{ end }}}}"
+        return f"{{{{ $first := true }}}}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{self.opening}"
 
 
 def modelfile(chat: Chat, source: str, adapter: str | None) -> str:

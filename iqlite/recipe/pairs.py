@@ -30,7 +30,7 @@ def load_pairs(path: Path, say: Callable[[str], None] = lambda _: None) -> list[
     """
     found, without = [], 0
     for number, row in rows_of(str(path), Path(), "--pairs"):
-        sides = [row.get(side) for side in ("chosen", "rejected")] if isinstance(row, Mapping) else [0]
+        sides = [row.get(side, "") for side in ("chosen", "rejected")] if isinstance(row, Mapping) else [0]
         if None in sides:
             without += 1
             continue
@@ -47,12 +47,12 @@ def load_pairs(path: Path, say: Callable[[str], None] = lambda _: None) -> list[
 
 def _pair(row: Mapping[str, Any]) -> Pair | None:
     given = row.get("prompt") or row.get("messages") or row.get("question") or row.get("instruction")
-    conversation = row["chosen"] if given is None else None
+    conversation = row.get("chosen") if given is None else None
     request = parse_request(given if given is not None else conversation)
-    chosen, rejected = (_answer(row[side]) for side in ("chosen", "rejected"))
-    if request is None or chosen is None or rejected is None:
+    chosen, rejected = (_answer(row.get(side)) for side in ("chosen", "rejected"))
+    if request is None or not chosen or not rejected:
         return None
-    if conversation is not None and (parse_request(row["rejected"]) != request or chosen == row["chosen"]):
+    if conversation is not None and (parse_request(row.get("rejected")) != request or chosen == row.get("chosen")):
         return None  # without a prompt, both must be conversations that begin alike
     return Pair(request, chosen, rejected)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from iqlite.base.loading import load_base
-from iqlite.base.names import EMBEDDED, embedded, explain, is_hub_id, locate
+from iqlite.base.names import EMBEDDED, embedded, explain, find_gguf, is_hub_id, locate
 from iqlite.errors import BaseError
 from iqlite.places import cache_folder
 from tests.helpers.tiny import make_tokenizer, save_tiny
@@ -113,6 +113,22 @@ def test_converted_weights_are_gguf_s_own_dequantised_ones() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template and "<|im_start|>" in tokenizer.chat_template
     assert tokenizer.decode(tokenizer("A cat, déjà vu.").input_ids) == "A cat, déjà vu."
+
+
+def test_ollama_s_names_of_other_registries(home: Path) -> None:
+    source = embedded()
+    blob = put_into_ollama(home / ".ollama" / "models", "x", "y", source)
+    manifests = home / ".ollama" / "models" / "manifests"
+    layers = json.loads((manifests / "registry.ollama.ai" / "library" / "x" / "y").read_text())
+    for place in ("hf.co/owner/Model-GGUF/Q4_K_M", "registry.ollama.ai/owner/model/latest", "my.host:5000/team/model/3b"):
+        (manifests / place).parent.mkdir(parents=True, exist_ok=True)
+        (manifests / place).write_text(json.dumps(layers))
+    for name in ("hf.co/owner/Model-GGUF:Q4_K_M", "owner/model", "my.host:5000/team/model:3b"):
+        assert find_gguf(f"ollama:{name}") == blob, name
+    assert refusal("ollama:hf.co/owner/other:Q4_K_M").endswith("run: ollama pull hf.co/owner/other:Q4_K_M")
+    adapted = {**layers, "layers": [*layers["layers"], {"mediaType": "application/vnd.ollama.image.adapter", "digest": "sha256:1"}]}
+    (manifests / "registry.ollama.ai" / "library" / "x" / "tuned").write_text(json.dumps(adapted))
+    assert "a model with an adapter of its own" in refusal("ollama:x:tuned")
 
 
 def test_ollama_and_lm_studio_names_that_aren_t_there(home: Path) -> None:

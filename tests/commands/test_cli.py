@@ -384,3 +384,15 @@ def test_a_card_that_isnt_used_is_said(
     assert code == 0 and "NVIDIA GeForce RTX 4070 isn't used, since" in out and said in out, err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "isn't used" not in iqlite("train", recipe(), "--out", "hidden")[1]
+
+
+def test_a_narrow_encoding_loses_a_sign_and_not_the_run(data: dict[str, Any], tmp_path: Path) -> None:
+    """What Windows does for redirected output; the tone of the answers, and their signs, are the model's."""
+    (tmp_path / "r.toml").write_text(tomli_w.dumps(data), "utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "iqlite", "train", "r.toml", "--out", "run", "--no-safety", "--force"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode("cp1252", "replace")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    shown = subprocess.run([sys.executable, "-m", "iqlite", "recipe"], env=environment, capture_output=True, check=False)
+    assert shown.returncode == 0

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from iqlite.records import StepMetrics
 from iqlite.scoring.measures import tone, words
-from iqlite.terminal import WordWrap, clean, duration, facts, table
+from iqlite.terminal import WordWrap, clean, duration, facts, harmless, table
 from iqlite.training.monitors import Verdict
 from iqlite.training.progress import TrainingView, finish_the_step
 
@@ -37,6 +37,23 @@ def test_clean_text_has_no_controls_and_no_markup() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 42, 89, 90, 3 * 60, 5399, 2 * 3600 + 300)] == ["0 s", "42 s", "89 s", "2 min", "3 min", "1 h 30 min", "2 h 05 min"]  # fmt: skip
+
+
+def test_text_of_all_languages_stays_text() -> None:
+    """Joiners, wide and no-break spaces, soft hyphens, direction marks, and signs that this Python doesn't know: only controls are changed."""
+    for text in (
+        "می\u200cخواهم",
+        "क्\u200dष",
+        "a\u00a0b",
+        "\u3000全角",
+        "Schiff\u00adfahrt",
+        "\u200fעברית\u200e",
+        "👩\u200d👩\u200d👧",
+        "\U0001fae9",
+    ):
+        assert harmless(text) == text and clean(text) == text
+    assert harmless("a\x1b[31mb\x9bc\x07\ud800\td\n") == "a\ufffd[31mb\ufffdc\ufffd\ufffd d\n"
+    assert clean("a\u2028b\x85c") == "a b c"
 
 
 def test_progress_in_plain_lines_and_on_a_terminal() -> None:

@@ -242,7 +242,9 @@ def test_a_server_that_isnt_there_is_one_sentence(
     ("reply", "verdict"),
     [
         *((reply, 1.0) for reply in ("A", " a.", "**A**", "(A)", "Answer: A", "The better answer is A.", "Answer A is better.", "A is the better one", "A. It is warmer.", "A\n\nB is dull.", "A, because B is cold", "A wins")),
-        *((reply, 0.5) for reply in ("T", "Tie", "It's a tie.", "A draw")),
+        *((reply, 1.0) for reply in ("\\boxed{A}", "$\\boxed{A}$", "<answer>A</answer>", "Verdict: A", "Winner: A", "My choice: A", "Final answer: A", "I prefer A", '{"winner": "A"}', "答案：A", "Réponse : A")),
+        *((reply, 1.0) for reply in ("[THINK]B is short.[/THINK]A", "<thinking>hm, B</thinking>A", "<|channel|>analysis<|message|>B?<|end|><|start|>assistant<|channel|>final<|message|>A", "◁think▷B◁/think▷A")),
+        *((reply, 0.5) for reply in ("T", "Tie", "It's a tie.", "A draw", "Equal")),
         *((reply, None) for reply in ("A is worse than B.", "A is not better", "Answer A is too short", "A's tone is colder", "A, B, or T?", "A/B", "A: dull. B: warm. B", "A. dull. B. warm.", "A good question", "Both", "")),
     ],
 )  # fmt: skip

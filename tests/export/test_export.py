@@ -248,3 +248,24 @@ def test_without_the_converter_it_says_how_to_get_it(
     code, _, err = iqlite("export", run.path, "--to", "gguf", "-o", "model.gguf")
     assert code == 2 and "a GGUF of a phi3 model is written by llama.cpp's converter, which isn't here: set LLAMA_CPP" in err
     assert not Path("model.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1_distill", "qwen3_5_nothink"])
+def test_a_modelfile_keeps_what_opens_the_answer(name: str) -> None:
+    """An empty thought stands before the answer that is to come and not before earlier ones, as in training."""
+    import trl
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    chat = Chat(tokenizer)
+    template = Template.of(chat)
+    asked = conversation(None, answered=True)[:1]
+    assert template.render(asked) == chat.render(chat.describe(asked, None), answer=True)
+    assert template.opening.endswith("</think>\n\n") and template.go().endswith(template.opening)
+
+
+def test_the_next_command_is_one_that_a_shell_takes(make_run: Callable[..., RunDir], iqlite: Callable[..., Any]) -> None:
+    run = make_run(name="Mein Lauf ü")
+    code, out, err = iqlite("export", run.path, "--to", "ollama", "-o", "my out")
+    assert code == 0, err
+    assert "ollama create Mein-Lauf -f 'my out/Modelfile'" in " ".join(out.split())
