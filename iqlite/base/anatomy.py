@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from iqlite.errors import BaseError, first_line
 FUSED_OUT = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Model types whose kernels read the weight of `out_proj` and not the module: PEFT refuses an adapter there."""
 
+OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Beside experts kept as one tensor, PEFT takes these names of other layers for the experts' and would adapt all of them."""
 FAULTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, ImportError)
 """What a model's code raises over numbers, caches and inputs that it doesn't expect."""
 
@@ -50,7 +53,7 @@ class Anatomy:
         return found
 
     def linear_maps(self, model: Any, *, beside: bool = False) -> dict[str, nn.Linear]:
-        """The linear maps to adapt, by their names in the model; or those `beside` them: of a vision tower, or read by fused kernels."""
+        """The linear maps to adapt, by their names in the model; or those `beside` them: of a vision tower, read by fused kernels, beside experts."""
         inside = {id(module) for module in self.decoder.modules()}
         return {
             name: module
@@ -59,7 +62,12 @@ class Anatomy:
         }
 
     def _fused(self, name: str) -> bool:
-        return self.config.model_type in FUSED_OUT and name.endswith(".out_proj")
+        last = name.rpartition(".")[2]
+        return (self.config.model_type in FUSED_OUT and last == "out_proj") or (self._has_experts and last in OF_EXPERTS)
+
+    @cached_property
+    def _has_experts(self) -> bool:
+        return any(name.endswith("experts.gate_up_proj") for name, _ in self.decoder.named_parameters())
 
     @property
     def norm(self) -> Tensor:

@@ -53,6 +53,7 @@ def export(
     from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
     from iqlite.export.checks import leaving
     from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
+    from iqlite.export.gguf_keys import ARCHITECTURE
     from iqlite.run.files import check_place, check_space, explained, replace_with
 
     console, to = terminal(stderr=as_json), target.value
@@ -78,6 +79,10 @@ def export(
 
     console.print(f"[dim]exporting {run}/{which} as {to}[/]")
     merge, chat = opened(run_dir, folder, base="stored" if small else weights.value, scale=scale, dtype=None)
+    if small and merge.stored.config.model_type not in ARCHITECTURE:
+        raise RunError(
+            f"an adapter for a GGUF of a {merge.stored.config.model_type} model can't be written: export the whole model with --to gguf, or the adapter with --to peft."
+        )
     other = converter.needed(merge.stored.config.model_type) if to in ("gguf", "ollama") and not small else None
     if other and tool is None and (quant or "f16") not in converter.WRITES:
         tool = check_quant(f"{quant}", own=False)

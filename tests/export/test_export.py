@@ -25,7 +25,7 @@ from iqlite.export.stored import Stored
 from iqlite.model.template import Chat
 from iqlite.run.rundir import RunDir
 from tests.helpers import llama_cpp
-from tests.helpers.tiny import ARCHITECTURES, FAMILIES, TEMPLATES, make_model, make_tokenizer
+from tests.helpers.tiny import ARCHITECTURES, FAMILIES, TEMPLATES, make_model, make_tokenizer, save_tiny
 
 IDS = torch.arange(40).reshape(2, 20)
 GOLDEN = Path(__file__).parent / "golden"
@@ -269,3 +269,13 @@ def test_the_next_command_is_one_that_a_shell_takes(make_run: Callable[..., RunD
     code, out, err = iqlite("export", run.path, "--to", "ollama", "-o", "my out")
     assert code == 0, err
     assert "ollama create Mein-Lauf -f 'my out/Modelfile'" in " ".join(out.split())
+
+
+def test_an_adapter_for_a_gguf_that_iqlite_cannot_name_the_tensors_of_is_refused(
+    make_run: Callable[..., RunDir], iqlite: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "model", "stablelm", merges=True)
+    llama_cpp.converter("f32")(folder, tmp_path / "base.gguf")
+    run = make_run(model={"base": str(tmp_path / "base.gguf")})
+    code, _, err = iqlite("export", run.path, "--to", "gguf-adapter", "-o", "adapter.gguf")
+    assert code == 2 and "a GGUF of a stablelm model can't be written: export the whole model with --to gguf" in err
