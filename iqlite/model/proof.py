@@ -89,7 +89,10 @@ def _differs(forward: Forward, bare: Bare, vocabulary: int, dtype: torch.dtype) 
         alone = forward.hidden_states(rows[:1], answers[:1], 4)[0]
         if _apart(alone, wanted[0], dtype):
             return "with the adapters off it isn't the bare model"
-        ways = (([], "rows read together differ from rows read alone"), ([ids[:3]] * 2, "a prefix that rows share changes them"))
+        ways: tuple[tuple[list[list[int]], str], ...] = (
+            ([], "rows read together differ from rows read alone"),
+            ([ids[:3]] * 2, "a prefix that rows share changes them"),
+        )
         for shared, fault in ways if forward.plain else ways[:1]:
             together = forward.hidden_states(rows, answers, 4, shared)
             if _apart(together[0], wanted[0], dtype) or _apart(together[1][:3], wanted[1], dtype):
