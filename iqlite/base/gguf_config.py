@@ -60,9 +60,9 @@ def correct(config: Any, architecture: str, fields: Mapping[str, Any], factors: 
 
 def _scaling(config: Any, own: Mapping[str, Any], factors: Mapping[str, Sequence[float]], name: str) -> dict[str, Any] | None:
     """What transformers' rotation needs beyond its base; None where positions aren't scaled."""
-    kind = own.get("rope.scaling.type", "none")
+    factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")  # the older name
+    kind = own.get("rope.scaling.type", "linear")  # as llama.cpp takes a factor without a type
     original = own.get("rope.scaling.original_context_length")
-    factor = own.get("rope.scaling.factor")
     if "rope_freqs.weight" in factors:
         return _llama3(config, factors["rope_freqs.weight"], name)
     if "rope_factors_long.weight" in factors:

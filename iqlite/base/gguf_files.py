@@ -102,6 +102,13 @@ def parts_of(path: Path, name: str) -> list[Path]:
     return found
 
 
+def tensors_of(path: Path) -> list[Any]:
+    """The tensors of a GGUF file, or of all its parts, as the gguf library reads them."""
+    import gguf
+
+    return [tensor for part in parts_of(path, str(path)) for tensor in gguf.GGUFReader(part).tensors]
+
+
 def join(parts: Sequence[Path], out: Path) -> None:
     """One GGUF file of the parts that it was split into."""
     import gguf

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from iqlite.base.anatomy import Anatomy, auto_class
+from iqlite.base.anatomy import FAULTS, Anatomy, auto_class
 from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
 from iqlite.base.shape import context_of
@@ -105,7 +105,7 @@ def load_base(
     except torch.OutOfMemoryError:
         free = total_gib(device)
         raise BaseError(f"base {name!r} doesn't fit this card's {free:.1f} GiB; choose a smaller base or quantization = \"nf4\".") from None
-    except (ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*FAULTS, SafetensorError) as error:
         raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; download it again, or choose another base.") from None
     if found["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(found["missing_keys"])

@@ -45,7 +45,7 @@ def find_gguf(name: str, beside: Path = Path()) -> Path | None:
             raise BaseError(
                 f"base {name!r} is a LoRA adapter for llama.cpp and no model by itself: talk to the run that it came from (iqlite chat runs/NAME), or load it beside its base (llama-cli -m BASE.gguf --lora {path})."
             )
-        return path
+        return parts_of(path, name)[0]
     return only_model_in(path, name) if not (path / "config.json").exists() and any(path.glob("*.gguf")) else None
 
 
@@ -133,9 +133,10 @@ def on_the_hub(name: str, beside: Path = Path()) -> bool:
 
 def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str:
     """A folder in Hugging Face format (GGUF files are converted first), or the hub id once its architecture is known to be supported."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from iqlite.base.anatomy import auto_class, unknown
+    from iqlite.base.anatomy import FAULTS, auto_class, unknown
 
     gguf = find_gguf(name, beside)
     if gguf is not None:
@@ -153,7 +154,7 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
     except OSError as error:
         raise BaseError(explain(name, error, local=folder is not None)) from None
-    except (ValueError, KeyError) as error:
+    except (*FAULTS, StrictDataclassError) as error:
         kind = re.search(r"model type `([^`]*)`", str(error))
         if kind or "custom code" in str(error) or "trust_remote_code" in str(error):
             raise BaseError(unknown(name, kind[1] if kind else "its own")) from None

@@ -71,10 +71,6 @@ def export(
     tool = None if small or to in ("peft", "hf") else check_quant(quant or "f16")
     if to != "peft":
         check_mergeable(folder)
-    if not small and to != "peft":
-        parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
-        check_space(out, int(parameters * (BITS.get(quant or "f16", 8.5 + (16 if tool else 0))) / 8), flag="-o")
-
     from iqlite.export.folder import licence_of, opened, write_folder
 
     console.print(f"[dim]exporting {run}/{which} as {to}[/]")
@@ -86,6 +82,10 @@ def export(
     other = converter.needed(merge.stored.config.model_type) if to in ("gguf", "ollama") and not small else None
     if other and tool is None and (quant or "f16") not in converter.WRITES:
         tool = check_quant(f"{quant}", own=False)
+    if not small and to != "peft":
+        parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
+        bits = BITS.get(quant or "f16", 8.5) + (16 if tool else 0) + (16 if other else 0)  # what stands beside it for a while
+        check_space(out, int(parameters * bits / 8), flag="-o")
     made: dict[str, Any] = {"format": to, "scale": scale}
     made |= {} if small or to == "peft" else {"base_weights": weights.value}
     made |= {"quantization": quant or ("f32" if small else "f16")} if to in ("gguf", "gguf-adapter", "ollama") else {}
@@ -105,8 +105,10 @@ def export(
                 write_folder(merged, merge, chat, {key: about[key] for key in ("base", "adapter", "made")}, wrote)
         if other is not None:
             console.print("[dim]llama.cpp's converter writes the GGUF[/]")
-            converter.convert(other, merged, whole, kind)
-            shutil.rmtree(merged)
+            try:
+                converter.convert(other, merged, whole, kind)
+            finally:
+                shutil.rmtree(merged)
         if tool is not None:
             quantize_with(tool, whole, path, str(quant))
             whole.unlink()

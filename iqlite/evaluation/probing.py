@@ -46,7 +46,7 @@ def contrast(session: Session, rollout: Rollout) -> Contrast:
     values = session.score(rollout, weights="base").values
     length_B = rollout.mask_BT.sum(-1)
     part_BT = torch.arange(rollout.mask_BT.shape[1])[None] * PARTS // length_B[:, None].clamp(min=1)
-    part_N, kl_N = part_BT[rollout.learned_BT], values["kl/policy_superior"]
+    part_N, kl_N = part_BT[rollout.learned_BT if bool(rollout.learned_BT.any()) else rollout.mask_BT], values["kl/policy_superior"]
     by_part = tuple(float(kl_N[part_N == part].mean()) if (part_N == part).any() else None for part in range(PARTS))
 
     def mean(name: str) -> float:

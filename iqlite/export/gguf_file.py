@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
+from iqlite.base.gguf_files import tensors_of
 from iqlite.errors import AdapterError, RunError
 from iqlite.export.gguf_keys import ARCHITECTURE, NORM_PLUS_ONE, ROTATED_IN_PAIRS, add_tokenizer, copy_metadata, describe, rope_factors
 
@@ -89,7 +90,7 @@ def write_model(
     names = Names(stored)
     factors = rope_factors(stored.config)
     if stored.gguf is not None:  # its own, where it has one: transformers' reader doesn't see them
-        kept = [tensor.data for tensor in gguf.GGUFReader(stored.gguf).tensors if tensor.name == "rope_freqs.weight"]
+        kept = [tensor.data for tensor in tensors_of(stored.gguf) if tensor.name == "rope_freqs.weight"]
         factors = kept[0].tolist() if kept else None
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", [len(factors)], np.dtype(np.float32), 4 * len(factors), Kind.F32)
@@ -130,7 +131,7 @@ def write_adapter(path: Path, merge: Merge, *, quant: str, name: str) -> None:
     scale = next(iter(merge.deltas.values()))[2]
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale * rank)  # llama.cpp divides by the rank again
     names = Names(stored)
-    there = {tensor.name for tensor in gguf.GGUFReader(stored.gguf).tensors} if stored.gguf is not None else None
+    there = {tensor.name for tensor in tensors_of(stored.gguf)} if stored.gguf is not None else None
     dtype = np.float16 if quant == "f16" else np.float32
     for key, (a_rI, b_Or, _) in merge.deltas.items():
         name_there = names.of(key)

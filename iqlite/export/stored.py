@@ -158,7 +158,9 @@ class Stored:
         found = {}
         for name in sorted(names):
             with self.opened(self.folder / name) as file:
-                found[self.folder / name] = [key for key in file.keys() if not key.endswith(".inv_freq")]  # noqa: SIM118 - not a dict
+                keys = [key for key in file.keys() if not key.endswith(".inv_freq")]  # noqa: SIM118 - not a dict
+                # Masks and positions that some files hold are made anew by the model.
+                found[self.folder / name] = [key for key in keys if file.get_slice(key).get_dtype() not in ("BOOL", "I64", "I32")]
         return found
 
     @cached_property

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from torch import Tensor
 
+from iqlite.base.anatomy import auto_class
 from iqlite.base.identity import check_adapter
 from iqlite.base.loading import Base
 from iqlite.base.names import hub_name
@@ -34,9 +35,9 @@ In PEFT's format; it needs its base and not iqlite:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")  # a base that was a GGUF file: its original folder or hub id
+base = {loader}.from_pretrained("{base}")  # a base that was a GGUF file: its original folder or hub id
 model = PeftModel.from_pretrained(base, "this folder")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
 ```
@@ -170,7 +171,9 @@ class Policy:
         metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
         save_file(self.state(name), folder / "adapter_model.safetensors", metadata)
         self.base.identity.write(folder)
-        (folder / "README.md").write_text(LOADING.format(base=hub_name(self.base.name)), "utf-8")
+        (folder / "README.md").write_text(
+            LOADING.format(base=hub_name(self.base.name), loader=auto_class(self.base.model.config, self.base.name).__name__), "utf-8"
+        )
 
     def _add(self, name: str, config: Any, state: Mapping[str, Tensor]) -> None:
         self.model.add_adapter(name, config)

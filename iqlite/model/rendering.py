@@ -66,7 +66,7 @@ class Template:
             return text + closes
         if text.rstrip().endswith(opens):
             return f"{text.rstrip()}\n\n{closes}\n\n"
-        return text if self._switches else f"{text}{opens}\n\n{closes}\n\n"
+        return text if self._switches or opens not in self.text else f"{text}{opens}\n\n{closes}\n\n"
 
     def thought_end(self, ids: Sequence[int]) -> int | None:
         """How many of an answer's ids are its thinking, the closing mark included; None if no thinking ends in it."""

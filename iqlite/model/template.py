@@ -93,7 +93,10 @@ class Chat:
             hidden.append(match[0])
             return f"\ue000{len(hidden) - 1}\ue001"
 
-        text = self.render(tuple({**turn, "content": pattern.sub(hide, turn["content"])} for turn in turns), answer=True)
+        plain = [re.sub("[\ue000\ue001]", "", turn["content"]) for turn in turns]  # two private signs mark the places
+        text = self.render(
+            tuple({**turn, "content": pattern.sub(hide, said)} for turn, said in zip(turns, plain, strict=True)), answer=True
+        )
         ids: list[int] = []
         for place, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
             if place % 2:  # as text: the inner tokenizer, for which no added token is one
@@ -105,7 +108,7 @@ class Chat:
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        return tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+        return tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
 
     @functools.cache  # noqa: B019 - a chat lives as long as its session
     def shared(self, description: Description | None = None) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from iqlite.errors import PromptsError
 from iqlite.model.template import Chat
-from iqlite.recipe.requests import ROLES, TRANSCRIPT, parse_request, text_of
+from iqlite.recipe.requests import COLUMNS, ROLES, TRANSCRIPT, parse_request, request_of, text_of
 from iqlite.recipe.rows import rows_of
 from iqlite.records import Messages
 
@@ -46,9 +46,12 @@ def load_pairs(path: Path, say: Callable[[str], None] = lambda _: None) -> list[
 
 
 def _pair(row: Mapping[str, Any]) -> Pair | None:
-    given = row.get("prompt") or row.get("messages") or row.get("question") or row.get("instruction")
-    conversation = row.get("chosen") if given is None else None
-    request = parse_request(given if given is not None else conversation)
+    asked = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    given = request_of(asked, None)
+    conversation = row.get("chosen") if given is None and not any(asked.get(key) for key in COLUMNS) else None
+    request = given if conversation is None else parse_request(conversation)
+    if request is not None and request[0]["role"] != "system" and (system := text_of(row.get("system"))):
+        request = ({"role": "system", "content": system}, *request)
     chosen, rejected = (_answer(row.get(side)) for side in ("chosen", "rejected"))
     if request is None or not chosen or not rejected:
         return None

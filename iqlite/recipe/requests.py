@@ -94,10 +94,11 @@ def _turns_in(text: str) -> Any:
                 continue
             if isinstance(found, list) and found and all(isinstance(t, dict) and {"role", "from"} & t.keys() for t in found):
                 return found
-        if re.match(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']", text):
+        if re.match(r"\s*\[\s*\{\s*[\"'](?:role|from)[\"']\s*:", text):
             return None  # turns, but broken ones: no prompt
     for pattern in RENDERED:
-        if turns := pattern.findall(text):
+        turns = pattern.findall(text)
+        if turns and not re.sub(r"<s>|<bos>|<\|begin_of_text\|>", "", pattern.sub("", text)).strip():  # nothing stands beside them
             return [{"role": role, "content": said} for role, said in turns if said.strip()]
     if TRANSCRIPT.match(text if text.startswith("\n\n") else "\n\n" + text):
         return _transcript(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iqlite.errors import PromptsError
+from iqlite.recipe.requests import request_of
 from iqlite.recipe.schema import HubPrompts
 
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; the library's own limit, 131,072 characters, is less than a long document
@@ -56,8 +57,8 @@ def _json(path: Path) -> Iterable[tuple[int, Any]]:
             return _jsonl(path)
         raise
     if isinstance(rows, dict):
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        rows = lists[0] if len(lists) == 1 else [rows]
+        lists = [value for value in rows.values() if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)]
+        rows = lists[0] if len(lists) == 1 and request_of(rows, None) is None else [rows]
     if not isinstance(rows, list):
         raise ValueError("it isn't a list of rows")
     return enumerate(rows, 1)

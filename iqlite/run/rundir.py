@@ -115,7 +115,7 @@ class RunDir(Journal):
         """RunError with what differs, unless a resumed recipe, its base and its prompts are those of the run."""
         old, new = _flat(locked(self.recipe())), _flat(locked(recipe))
         was = self.environment()
-        for key in ("base", "prompts"):
+        for key in ("base", "prompts", "thinking"):
             old[key], new[key] = was.get(key), environment.get(key)
         changed = [
             f"{key} was {old.get(key)!r} and is {new.get(key)!r}"

@@ -17,7 +17,7 @@ from iqlite.base.names import on_the_hub
 from iqlite.base.shape import Shape
 from iqlite.device import here
 from iqlite.device import name_of as name_of_device
-from iqlite.errors import BaseError, PromptsError
+from iqlite.errors import BaseError, PromptsError, RecipeError
 from iqlite.machine.fit import CAPS, choose, given_widths, refusal
 from iqlite.machine.here import unused_card, usable_memory
 from iqlite.machine.memory import Work
@@ -85,6 +85,10 @@ def open_session(
     notes = []
     if chat.default_template:
         notes.append(f"{base.name} has no chat template: requests are written as User: … Assistant: … turns.")
+    if recipe.behavior.where != "both" and not chat.rendering.thinks:
+        raise RecipeError(
+            f'{recipe.path}: behavior.where = "{recipe.behavior.where}" needs a base that thinks before it answers: set model.thinking = true, or leave the key out.'
+        )
     if chat.rendering.marks and not chat.rendering.thinks:
         notes.append(f"{base.name} can think before it answers and is trained without: model.thinking = true trains it thinking.")
     notes += policy.notes
@@ -140,6 +144,7 @@ def environment(session: Session) -> dict[str, Any]:
         "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
         "placement": session.placement,
+        **({"thinking": session.chat.rendering.thinks} if session.chat.rendering.marks else {}),  # how a model that can think was asked
         "sizes": session.sizes.record(),
         "device": name_of_device(device),
         "compute_dtype": str(session.policy.base.compute_dtype).removeprefix("torch."),

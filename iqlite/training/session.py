@@ -133,8 +133,8 @@ class Session:
     def score(self, rollout: Rollout, *, weights: str | None = None) -> TokenStatistics:
         """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient."""
         which = self.readings if weights is None else readings(self.recipe, self.placement, weights)
-        self.check_part(rollout)
-        mask_BT = rollout.learned_BT
+        # An answer that hasn't thought to its end has nothing of the part that is trained; where none has, all of it is scored.
+        mask_BT = rollout.learned_BT if bool(rollout.learned_BT.any()) else rollout.mask_BT
         scores = read(self.policy, self.chat, rollout, [*which, Reading("policy", "policy")], self.sizes)
         hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
         return chunked_statistics(

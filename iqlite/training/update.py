@@ -114,8 +114,9 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
 
 def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:
     """Row numbers in batches of at most `sizes.update_tokens` tokens, longest rows first."""
-    lengths = [row_tokens(session, rollout, row) for row in range(len(rollout.index))]
-    return in_batches(lengths, session.sizes.update_tokens)
+    rows = [row for row in range(len(rollout.index)) if bool(rollout.learned_BT[row].any())]  # all, but for thinking models
+    batches = in_batches([row_tokens(session, rollout, row) for row in rows], session.sizes.update_tokens)
+    return [[rows[at] for at in batch] for batch in batches]
 
 
 def row_tokens(session: Session, rollout: Rollout, row: int) -> int:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from iqlite.base.anatomy import auto_class
 from iqlite.base.gguf_config import _llama3, correct
-from iqlite.base.gguf_files import convert_gguf
+from iqlite.base.gguf_files import convert_gguf, tensors_of
 from iqlite.base.names import find_gguf, shape_of
 from iqlite.base.shape import Shape
 from iqlite.errors import BaseError
@@ -78,6 +78,15 @@ def test_llama_3_s_numbers_are_found_again(numbers: tuple[float, float, int, int
     assert found == {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
+@pytest.mark.parametrize(
+    "fields", [{"rope.scale_linear": 4.0}, {"rope.scaling.factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}]
+)
+def test_older_spellings_of_a_linear_scaling(fields: dict[str, Any]) -> None:
+    config = AutoConfig.for_model("llama")
+    correct(config, "llama", {f"llama.{key}": value for key, value in fields.items()}, {}, "it")
+    assert (config.rope_parameters["rope_type"], config.rope_parameters["factor"]) == ("linear", 4.0)
+
+
 def test_a_scaling_that_cannot_be_carried_over_is_refused() -> None:
     config = AutoConfig.for_model("llama")
     with pytest.raises(BaseError, match="scaled by 'su', which can't be carried over"):
@@ -113,6 +122,8 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
     assert find_gguf(str(folder)) == parts[0]
     assert torch.equal(logits(convert_gguf(parts[0], "it")), logits(tmp_path / "model"))
     assert shape_of(str(folder)) == shape_of(str(file))
+    assert find_gguf(str(parts[1])) == parts[0]  # whichever part is named
+    assert [tensor.name for tensor in tensors_of(parts[0])] == [tensor.name for tensor in gguf.GGUFReader(file).tensors]
     parts[1].unlink()
     with pytest.raises(BaseError, match="is split into 3 parts, and part-00002-of-00003.gguf isn't beside the others"):
         convert_gguf(parts[0], "it")

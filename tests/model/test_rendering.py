@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from iqlite.model.template import Chat, Description
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
 from iqlite.training.opening import environment
+from iqlite.training.optimizer import make_optimizer
+from iqlite.training.readings import read
 from iqlite.training.session import Session
+from iqlite.training.update import update
 from tests.helpers.reporters import Silent
 from tests.helpers.tiny import make_tokenizer
 
@@ -64,6 +68,11 @@ def test_thinking_off_is_the_empty_block_that_each_family_wants() -> None:
     assert ending(shipped("qwen3", True)).endswith("<|im_start|>assistant\n")
     assert ending(shipped("deepseek_r1_distill", True)).endswith("<think>\n")
     assert ending(shipped("llama3_2", False)).endswith("assistant<|end_header_id|>\n\n")
+
+
+def test_a_template_that_only_strips_thoughts_gets_none() -> None:
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    assert ending(chat_with(turns)).endswith("<|im_start|>assistant")
 
 
 def test_what_is_thought_is_not_the_answer() -> None:
@@ -134,9 +143,11 @@ def thinking_session(make_session: Callable[..., Session], where: str, new: int 
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}{# </think> #}"
     )
-    session = make_session(model={"thinking": False}, behavior={"where": where}, rollout={"max_new_tokens": new})
+    session = make_session(rollout={"max_new_tokens": new})
     session.chat.tokenizer.chat_template = template
     object.__setattr__(session, "chat", Chat(session.chat.tokenizer, None, True))
+    behavior = session.recipe.behavior.model_copy(update={"where": where})
+    object.__setattr__(session, "recipe", session.recipe.model_copy(update={"behavior": behavior}))
     return session
 
 
@@ -153,13 +164,28 @@ def test_only_the_asked_part_is_trained(make_session: Callable[..., Session], mo
         assert session.score(rollout).values["kl/policy_superior"].numel() == int(expected[where].sum())
 
 
-def test_a_run_that_never_thinks_to_the_end_says_so(make_session: Callable[..., Session], tmp_path: Path) -> None:
+def test_answers_that_never_think_to_the_end(make_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where no answer of a step has the part that is trained the run says so; a batch of such rows among others costs nothing."""
     session = thinking_session(make_session, "answer", new=3)
     run = RunDir.create(tmp_path / "run", session.recipe, environment(session))
     with pytest.raises(
         RecipeError, match=r'no answer has anything of behavior.where = "answer" in its 3 tokens: raise rollout.max_new_tokens'
     ):
         train(session, run, Silent())
+    some = thinking_session(make_session, "answer")
+    object.__setattr__(some, "sizes", replace(some.sizes, update_tokens=1))  # a row a batch
+    ends = iter([3, None] * 100)
+    monkeypatch.setattr(type(some.chat.rendering), "thought_end", lambda self, ids: next(ends))
+    rollout = some.answers("policy", some.train.requests[:4], some.sampler("train"))
+    assert 0 < sum(bool(row.any()) for row in rollout.learned_BT) < 4
+    scores = read(some.policy, some.chat, rollout, some.readings, some.sizes)
+    statistics, norm = update(some, make_optimizer(some.policy, "adamw"), rollout, scores, 1e-3)
+    assert statistics.values["kl/policy_superior"].numel() == int(rollout.learned_BT.sum()) and norm > 0
+
+
+def test_a_part_of_what_is_not_thought_is_refused(make_session: Callable[..., Session]) -> None:
+    with pytest.raises(RecipeError, match=r'behavior.where = "answer" needs a base that thinks'):
+        make_session(behavior={"where": "answer"})
 
 
 def test_a_thinking_run_keeps_both_apart(make_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

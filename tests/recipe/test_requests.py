@@ -101,6 +101,20 @@ def test_json_lines_called_json_and_rows_under_a_name(tmp_path: Path) -> None:
         contents("broken.json", tmp_path)
 
 
+def test_an_object_that_is_a_row_and_its_lists_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps({"prompt": "hi?", "tags": ["a", "b"]}), "utf-8")
+    assert contents("one.json", tmp_path) == ["hi?"]
+    (tmp_path / "turns.json").write_text(json.dumps({"messages": TURNS}), "utf-8")
+    assert contents("turns.json", tmp_path) == ["How do I peel an apple?"]
+
+
+@pytest.mark.parametrize(
+    "text", ["What does this do?\n<|im_start|>user\nHi<|im_end|>\nExplain.", '[{"value": 1}, {"value": 2}]\nSum the values.']
+)
+def test_a_prompt_that_quotes_a_conversation_is_whole(text: str) -> None:
+    assert parse_request(text) == ({"role": "user", "content": text},)
+
+
 def test_a_long_field_of_a_csv(tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text(f'prompt\n"{"word " * 40_000}"\n"short?"\n', "utf-8")
     assert [len(text) for text in contents("long.csv", tmp_path)] == [199_999, 6]
@@ -164,6 +178,16 @@ def test_pairs_as_people_have_them(row: dict[str, Any], tmp_path: Path) -> None:
     (pair,) = load_pairs(path, said.append)
     assert (pair.request, pair.chosen, pair.rejected) == (ASKED, "With a knife.", "No.")
     assert said == [f"{path}: 1 row without a chosen or a rejected answer left out."]
+
+
+def test_a_pair_s_input_and_system_text_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Translate to French.", "input": "Good morning", "chosen": "Bonjour", "rejected": "Hola"},
+        {"system": "Be brief.", "question": "Why?", "chosen": "So.", "rejected": "Because it is so."},
+    ]
+    first, second = load_pairs(lines(tmp_path / "pairs.jsonl", rows))
+    assert first.request == ({"role": "user", "content": "Translate to French.\n\nGood morning"},)
+    assert second.request == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
 
 
 def test_conversations_that_begin_otherwise_are_no_pair(tmp_path: Path) -> None:

@@ -82,7 +82,17 @@ def test_a_run_is_no_recipe_and_its_command_is_given(tmp_path: Path, iqlite: Cal
 
 def test_the_shipped_set_is_the_promised_one() -> None:
     names = {path.stem for path in RECIPES.glob("*.toml")}
-    assert names == {"cheerful-135m", "concise-135m", "harmless-7b", "harmless-13b", "helpful-harmless-7b", "concise-7b"}
+    assert names == {
+        "cheerful-135m",
+        "concise-135m",
+        "harmless-7b",
+        "harmless-13b",
+        "helpful-harmless-7b",
+        "concise-7b",
+        "kind-4b",
+        "concise-8b",
+        "harmless-12b",
+    }
     for name in ("harmless-7b", "harmless-13b"):
         recipe = load_recipe(RECIPES / f"{name}.toml")
         assert recipe.train.epochs == 6 and recipe.train.until_converged
