@@ -128,7 +128,9 @@ def read_tokenizer(source: str, name: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision)
     except OSError as error:
         raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
-    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exceptions
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, FAULTS):  # tokenizers raises plain Exceptions; the rest isn't foreseen
+            raise
         said = first_line(error)
         if re.search("sentencepiece|tiktoken|protobuf", str(error), re.IGNORECASE):
             raise BaseError(

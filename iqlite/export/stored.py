@@ -51,11 +51,6 @@ class Stored:
         return cls(name, folder, AutoConfig.from_pretrained(folder, trust_remote_code=False), find_gguf(name, beside))
 
     @property
-    def text(self) -> Any:
-        """The configuration of the text part."""
-        return self.config.get_text_config(decoder=True)
-
-    @property
     def packed(self) -> bool:
         """True if the files hold 4-bit weights of bitsandbytes: there are no others to merge into than these, dequantised."""
         return bool(self._states)
@@ -143,8 +138,9 @@ class Stored:
         """What tells this base from another."""
         files = {there: key for key, there in self.in_model.items()}
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        norm, head = names[id(self._anatomy.norm)], self._embedding if self.tied else self._head
-        return Identity.of(self.name, self.text, self.tensor(files[norm]).clone(), self.tensor(files[head]))
+        head = self.tensor(files[self._embedding if self.tied else self._head])
+        norm = names.get(id(self._anatomy.norm))  # a model without any vector is told by its head alone
+        return Identity.of(self.name, self._anatomy.config, head.flatten() if norm is None else self.tensor(files[norm]).clone(), head)
 
     @cached_property
     def _files(self) -> dict[Path, list[str]]:
@@ -182,7 +178,7 @@ class Stored:
     def _parameters(self) -> Mapping[str, Tensor]:
         return dict(self._model.named_parameters(remove_duplicate=False))
 
-    @property
+    @cached_property
     def _head(self) -> str:
         return next(f"{name}.weight" for name, module in self._model.named_modules() if module is self._anatomy.head)
 

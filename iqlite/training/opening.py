@@ -23,6 +23,7 @@ from iqlite.machine.here import unused_card, usable_memory
 from iqlite.machine.memory import Work
 from iqlite.machine.sizes import Sizes
 from iqlite.model.policy import Policy
+from iqlite.model.proof import is_proved
 from iqlite.model.template import Chat
 from iqlite.recipe.prompts import hold_back, load_prompts, name_of
 from iqlite.recipe.schema import HubPrompts, Recipe
@@ -81,6 +82,8 @@ def open_session(
         model.base, model.quantization, revision=model.revision, beside=recipe.folder, embeddings=model.embeddings, check=check
     )
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id, recipe.model.thinking)
+    if not is_proved(base.model):
+        say(f"checking on a few tokens that {base.name} can be trained")
     policy = _policy(recipe, base, start)
     notes = []
     if chat.default_template:

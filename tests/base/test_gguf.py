@@ -95,28 +95,28 @@ def test_a_scaling_that_cannot_be_carried_over_is_refused() -> None:
         correct(config, "llama", {}, {"rope_freqs.weight": [1.0, 3.0, 2.0, 8.0]}, "it")
 
 
-def split(file: Path, folder: Path, tensors: int) -> list[Path]:
-    """The file in parts of so many tensors, written by the gguf library."""
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(folder / "part.gguf", "llama", split_max_tensors=tensors)
+def rewritten(file: Path, out: Path, but: tuple[str, ...] = (), **options: Any) -> None:
+    """The file anew by the gguf library, without some tensors, or in parts of so many (`split_max_tensors`)."""
+    reader, writer = gguf.GGUFReader(file), gguf.GGUFWriter(out, "llama", **options)
     for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "general.architecture")):
             sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        if tensor.name not in but:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return sorted(folder.glob("part-*.gguf"))
 
 
 def test_parts_are_one_model(tmp_path: Path) -> None:
     file = made(tmp_path / "model", "llama")
     folder = tmp_path / "parts"
     folder.mkdir()
-    parts = split(file, folder, 8)
+    rewritten(file, folder / "part.gguf", split_max_tensors=8)
+    parts = sorted(folder.glob("part-*.gguf"))
     assert len(parts) == 3
     (folder / "mmproj-model-f16.gguf").write_bytes(b"GGUF")  # a vision projector beside it is none of its parts
     assert find_gguf(str(folder)) == parts[0]
@@ -132,19 +132,7 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_refused_and_nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IQLITE_CACHE", str(tmp_path / "cache"))
     file = made(tmp_path / "model", "llama")
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(tmp_path / "lacking.gguf", "llama")
-    for field in reader.fields.values():
-        if not field.name.startswith(("GGUF.", "general.architecture")):
-            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
-    for tensor in reader.tensors:
-        if tensor.name != "blk.1.ffn_down.weight":
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    rewritten(file, tmp_path / "lacking.gguf", but=("blk.1.ffn_down.weight",))
     with pytest.raises(BaseError, match=r"lacks 1 of its weights, such as model\.layers\.1\.mlp\.down_proj\.weight"):
         convert_gguf(tmp_path / "lacking.gguf", "it")
     assert not list((tmp_path / "cache").iterdir())
