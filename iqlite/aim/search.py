@@ -28,7 +28,7 @@ from iqlite.training.measuring import by_kind
 from iqlite.training.order import spread_by_kind
 from iqlite.training.session import Session
 
-CHOOSING = 16  # prompts that candidates are chosen on
+CHOOSING = 32  # prompts that candidates are chosen on, where there are so many; one that is behind on the first half isn't asked the rest
 FEWEST_TRAINED = 8  # training prompts below which nothing is tried
 FINDING, SAMPLES = 16, 2  # prompts that demonstrations are found on, and answers to each under each reading
 LOOKALIKES = 6  # contrary prompts among those
@@ -54,13 +54,14 @@ class Candidate:
 @dataclass(frozen=True)
 class Trial:
     """A candidate's superior on the prompts that are chosen on: mean score, difference from the base's, nats a token of its answers
-    under the base (None where that wasn't looked at), whether it was the best so far."""
+    under the base (None where that wasn't looked at), whether it was the best so far, and how many prompts it was asked."""
 
     candidate: Candidate
     score: float
     difference: Estimate
     nll: float | None
     best: bool
+    prompts: int
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,14 @@ class _Search:
             mixed = np.random.default_rng(seed).permutation(len(others)).tolist()
             self.lookalikes = others.some(mixed[:LOOKALIKES])
             asked = asked.some(range(min(CHOOSING, len(asked)))) + others.some(mixed[LOOKALIKES:])
-        self.asked = asked.some(
-            spread_by_kind(asked, CHOOSING) if session.recipe.judge.measure == HARMLESS else range(min(CHOOSING, len(asked)))
-        )
+        numbers = spread_by_kind(asked, CHOOSING) if session.recipe.judge.measure == HARMLESS else list(range(min(CHOOSING, len(asked))))
+        halves = (numbers[::2], numbers[1::2])  # each of both kinds
+        self.half = len(halves[0])
+        self.asked = asked.some([*halves[0], *halves[1]])
         self.best = Candidate("as it stands", session.recipe, session.placement)
         self.best_score, self.base, self.limit = -np.inf, [""], np.inf
         self.base_P: Array = np.zeros(0)
+        self.best_half_P: Array | None = None  # the best candidate's scores on the first half
         self.too_much = False  # the best candidate errs by refusing
 
     def begin(self) -> None:
@@ -156,11 +159,20 @@ class _Search:
         self.limit = max(_nll(answers), _nll(prompted)) + STRANGE
 
     def trial(self, candidate: Candidate) -> Trial:
-        """Scores a candidate's superior on the prompts that are chosen on, and keeps it if it is the best."""
+        """Scores a candidate's superior on the prompts that are chosen on, and keeps it if it is the best.
+
+        A race: one that is a standard error behind the best on the first half of the prompts isn't asked the second.
+        """
         session = replace(self.session, recipe=candidate.recipe, placement=candidate.placement)
         self.session.policy.forward.forget_prefixes()
         who = Answerer("superior", "superior")
-        answers = self._asked(who, session, self.asked, strangeness=False)
+        half = self.asked.some(range(self.half))
+        answers = self._asked(who, session, half, strangeness=False)
+        half_P = self.score(half, [a.answer for a in answers], self.base[: self.half])
+        if self.best_half_P is not None and _behind(half_P - self.best_half_P):
+            base_P = self.score(half, self.base[: self.half], self.base[: self.half])
+            return Trial(candidate, float(half_P.mean()), paired((half_P - base_P)[:, None]), None, False, self.half)
+        answers += self._asked(who, session, self.asked.some(range(self.half, len(self.asked))), strangeness=False)
         score_P = self.score(self.asked, [a.answer for a in answers], self.base)
         nll = None
         better = float(score_P.mean()) > self.best_score + 1e-9
@@ -168,13 +180,13 @@ class _Search:
             nll = _nll(self._asked(who, session, self.asked))
             better = nll <= self.limit or self.best_score == -np.inf
         if better:
-            self.best, self.best_score = candidate, float(score_P.mean())
+            self.best, self.best_score, self.best_half_P = candidate, float(score_P.mean()), half_P
             if self.session.recipe.judge.measure == HARMLESS:
                 wrong = {kind: of - right for kind, (right, of) in by_kind(self.asked, [a.answer for a in answers]).items()}
                 self.too_much = wrong["answer"] > wrong["refuse"]
             if nll is not None and nll > self.limit:  # as it stands, it is stranger than anything that is kept: all may beat it
                 self.best_score = -1e9
-        return Trial(candidate, float(score_P.mean()), paired((score_P - self.base_P)[:, None]), nll, better)
+        return Trial(candidate, float(score_P.mean()), paired((score_P - self.base_P)[:, None]), nll, better, len(self.asked))
 
     def strengths(self, best: Candidate) -> Iterator[Candidate]:
         """Weaker and stronger, the nearest first; weaker ones before all others where the superior refuses more than it should."""
@@ -335,6 +347,11 @@ def _shown(answer: Answer) -> str:
 
 def _nll(answers: Sequence[Answer]) -> float:
     return sum((a.nll or 0.0) * a.tokens for a in answers) / max(1, sum(a.tokens for a in answers))
+
+
+def _behind(difference_P: Array) -> bool:
+    """Whether paired scores are worse on average by more than a standard error."""
+    return len(difference_P) > 1 and float(difference_P.mean()) < -float(difference_P.std(ddof=1)) / np.sqrt(len(difference_P))
 
 
 def _nobody(_: int) -> None:

@@ -232,16 +232,27 @@ def _improve(
     if as_json:
         print(json.dumps({
             "measure": name, "recipe": str(path) if path.exists() else None, "best": found.best.what, "out_of_time": found.out_of_time,
-            "trials": [{"what": t.candidate.what, "score": t.score, "difference": asdict(t.difference), "nll": t.nll, "best": t.best} for t in found.trials],
+            "trials": [{"what": t.candidate.what, "score": t.score, "difference": asdict(t.difference), "nll": t.nll, "best": t.best, "prompts": t.prompts} for t in found.trials],
             "before": asdict(found.before), "after": asdict(found.after),
         }))  # fmt: skip
         return
     cells = [
-        [clean(t.candidate.what), f"{t.score:.3f}", signed(t.difference), "" if t.nll is None else f"{t.nll:.2f}", "*" if t.best else ""]
+        [
+            clean(t.candidate.what),
+            str(t.prompts),
+            f"{t.score:.3f}",
+            signed(t.difference),
+            "" if t.nll is None else f"{t.nll:.2f}",
+            "*" if t.best else "",
+        ]
         for t in found.trials
     ]
     console.print(
-        table(f"tried on {CHOOSING} training prompts: superior, by {clean(name)}", ["", "score", "from the base", "nats", "best"], cells)
+        table(
+            f"tried on up to {CHOOSING} training prompts: superior, by {clean(name)}",
+            ["", "prompts", "score", "from the base", "nats", "best"],
+            cells,
+        )
     )
     if found.out_of_time:
         console.print(f"[dim]{minutes:g} minutes are over before all was tried: --minutes {2 * minutes:g} goes on from what is kept[/]")

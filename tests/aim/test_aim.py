@@ -312,6 +312,9 @@ def test_a_search_writes_a_recipe_that_trains_and_goes_on_from_what_it_kept(
     )
     best = max(trial["score"] for trial in found["trials"] if trial["best"])
     assert best == [trial["score"] for trial in found["trials"] if trial["best"]][-1] and best > found["trials"][0]["score"]
+    # A race: whoever was best has answered all, and some that were behind on the first half weren't asked the second.
+    assert {trial["prompts"] for trial in found["trials"] if trial["best"]} == {32}
+    assert 16 in {trial["prompts"] for trial in found["trials"]}
     text = (tmp_path / "better.toml").read_text("utf-8")
     assert text.startswith("# Made by iqlite probe recipe.toml --improve: ") and found["best"] in text.split("\n")[0]
     monkeypatch.setattr(Answerer, "asked", lambda *_: pytest.fail("it is asked again"))
