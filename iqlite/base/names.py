@@ -132,11 +132,13 @@ def on_the_hub(name: str, beside: Path = Path()) -> bool:
 
 
 def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str:
-    """A folder in Hugging Face format (GGUF files are converted first), or the hub id once its architecture is known to be supported."""
+    """A folder in Hugging Face format (GGUF files and checkpoints in 8 bits are converted first), or the hub id once its architecture is
+    known to be supported."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from iqlite.base.anatomy import FAULTS, auto_class, unknown
+    from iqlite.base.dequantised import dequantised
 
     gguf = find_gguf(name, beside)
     if gguf is not None:
@@ -160,7 +162,7 @@ def locate(name: str, beside: Path = Path(), revision: str | None = None) -> str
             raise BaseError(unknown(name, kind[1] if kind else "its own")) from None
         raise BaseError(f"base {name!r}: its config.json can't be used ({first_line(error)}); download it again.") from None
     auto_class(config, name)
-    return source
+    return dequantised(source, config, name, revision)
 
 
 def explain(name: str, error: Exception, *, local: bool = False) -> str:

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from iqlite.base.dequantised import READ
 from iqlite.base.identity import Identity, check_adapter
 from iqlite.base.loading import load_base
+from iqlite.base.names import locate
 from iqlite.errors import AdapterError, BaseError
 from iqlite.model.linear import dense
 from iqlite.run.rundir import RunDir
@@ -65,9 +68,7 @@ def test_they_merge_dequantised(weights: str, packed: Path, make_run: Callable[.
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits by bitsandbytes"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "eetq"}, "eetq"),
     ],
 )
 def test_other_quantisations_are_refused_by_name(told: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -76,6 +77,108 @@ def test_other_quantisations_are_refused_by_name(told: dict[str, Any], said: str
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
     with pytest.raises(BaseError, match=f"is stored as {said}.*take the model's 16-bit original"):
         load_base(str(folder), "nf4")
+
+
+def fp8(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Linear maps as FP8 in blocks of 16 × 16 with a scale each: (what is stored, what that means in float64, what the configuration says)."""
+    stored: dict[str, Tensor] = {}
+    meant: dict[str, Tensor] = {}
+    for name in (name for name in weights if "proj" in name):
+        rows, columns = weights[name].shape
+        scale = torch.zeros(rows // 16, columns // 16)
+        packed, plain = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn), torch.zeros(rows, columns, dtype=torch.float64)
+        for i in range(rows // 16):
+            for j in range(columns // 16):
+                block = (slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16))
+                scale[i, j] = weights[name][block].abs().max() / 448
+                packed[block] = (weights[name][block] / scale[i, j]).to(torch.float8_e4m3fn)
+                plain[block] = packed[block].double() * scale[i, j].double()
+        stored |= {name: packed, f"{name}_scale_inv": scale}
+        meant[name] = plain
+    return stored, meant, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+
+
+def compressed(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The same in compressed-tensors' way, a scale a row."""
+    stored: dict[str, Tensor] = {}
+    meant: dict[str, Tensor] = {}
+    for name in (name for name in weights if "proj" in name):
+        scale = weights[name].abs().amax(1, keepdim=True) / 448
+        stored |= {name: (weights[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+        meant[name] = stored[name].double() * scale.double()
+    eight = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": {**eight, "strategy": "channel"}, "input_activations": {**eight, "strategy": "token", "dynamic": True}}  # fmt: skip
+    told = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
+    return stored, meant, {**told, "ignore": ["lm_head"], "config_groups": {"group_0": group}}
+
+
+def mxfp4(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Experts of random nibbles and exponents, 32 values a scale."""
+    values = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+    noise = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    meant: dict[str, Tensor] = {}
+    for name in (name for name in weights if name.endswith(("gate_up_proj", "down_proj"))):
+        experts, inputs, outputs = weights[name].shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=noise, dtype=torch.uint8)
+        scales = torch.randint(118, 125, (experts, outputs, inputs // 32), generator=noise, dtype=torch.uint8)
+        plain = [
+            values[byte >> 4 if odd else byte & 15] * 2.0 ** (exponent - 127)
+            for row, some in zip(blocks.flatten(0, 1).tolist(), scales.flatten(0, 1).tolist(), strict=True)
+            for bytes_of, exponent in zip(row, some, strict=True)
+            for byte in bytes_of
+            for odd in (False, True)
+        ]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meant[name] = torch.tensor(plain, dtype=torch.float64).reshape(experts, outputs, inputs).transpose(1, 2)
+    return stored, meant, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+
+
+def store(folder: Path, how: Callable[..., Any]) -> tuple[dict[str, Tensor], set[str]]:
+    """Rewrites a tiny model's files that way: (what its packed weights mean, all weights' names)."""
+    weights = load_file(folder / "model.safetensors")
+    stored, meant, told = how(weights)
+    save_file({**{k: w for k, w in weights.items() if k not in meant}, **stored}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+    return meant, set(weights)
+
+
+@pytest.mark.parametrize(("family", "how"), [("llama", fp8), ("llama", compressed), ("gpt_oss", mxfp4)])
+def test_eight_bits_and_others_are_dequantised_once(family: str, how: Callable[..., Any], tmp_path: Path, capfd: Any) -> None:
+    """By transformers; here against loops in float64. The folder that is read is plain, whole and cached by content."""
+    folder = save_tiny(tmp_path / "it", family)
+    meant, names = store(folder, how)
+    plain = Path(locate(str(folder)))
+    got = load_file(plain / "model.safetensors")
+    assert meant and set(got) == names and {w.dtype for w in got.values()} == {torch.bfloat16}
+    for name, wanted in meant.items():
+        assert torch.allclose(got[name].double(), wanted, rtol=2**-8, atol=0), name
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text()) and (plain / "chat_template.jinja").is_file()
+    assert Path(locate(str(folder))) == plain and not list(plain.parent.glob("making-*"))
+    assert "quantization_config" not in capfd.readouterr().err
+
+
+def test_what_was_in_eight_bits_trains_and_merges(make_run: Callable[..., RunDir], iqlite: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "it")
+    meant, _ = store(folder, fp8)
+    run = make_run(model={"base": str(folder), "quantization": "nf4"})
+    code, _, err = iqlite("merge", run.path, "-o", "merged", "--weights", "stored", "--json", "--no-check")
+    assert code == 0, err
+    merged, adapter = load_file("merged/model.safetensors"), load_file(run.adapter / "adapter_model.safetensors")
+    for name, plain in meant.items():
+        a_rI, b_Or = (adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"].double() for part in "AB")
+        assert torch.allclose(merged[name].double(), plain + 2.0 * b_Or @ a_rI, rtol=2**-8, atol=2**-9 * float(plain.abs().max())), (
+            name
+        )  # the base and the sum are rounded to bfloat16
+
+
+def test_a_package_that_reading_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "it")
+    store(folder, compressed)
+    monkeypatch.setitem(READ, "compressed-tensors", "a_module_that_is_not_there")
+    with pytest.raises(BaseError, match="stored as compressed-tensors, which needs one more package.*pip install compressed-tensors"):
+        locate(str(folder))
 
 
 def test_types_and_files_that_are_not_there_are_named(tmp_path: Path) -> None:
