@@ -21,8 +21,19 @@ def exists(path: Path) -> bool:
     """True if there is something; IqliteError where the system won't say (a name that is too long, a folder that can't be looked into)."""
     try:
         return path.exists()
-    except OSError as error:
-        raise IqliteError(f"{str(path)[:200]} can't be looked at ({error.strerror}): name another path.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise IqliteError(f"{str(path)[:200]!r} can't be looked at ({why}): name another path.") from None
+
+
+def path_of(text: str, beside: Path = Path()) -> Path:
+    """A path as somebody wrote it, ~ expanded, looked up in `beside` if it is relative; IqliteError for what the system can't take as one."""
+    try:
+        path = beside / Path(text).expanduser()
+    except RuntimeError:
+        raise IqliteError(f"{text[:200]!r} names the home of somebody whom this computer doesn't know: write the path out.") from None
+    exists(path)
+    return path
 
 
 def is_run(path: Path) -> bool:

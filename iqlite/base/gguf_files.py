@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from iqlite.base.gguf_header import gguf_header
 from iqlite.errors import BaseError, first_line
 from iqlite.places import cache_folder
 
-CONVERSION = 2  # raise it when the conversion changes, so that old caches aren't read
+CONVERSION = 3  # raise it when the conversion changes, so that old caches aren't read
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 FLOAT32_UP_TO = 2 * 2**30  # bytes of GGUF; larger files are converted to float16, half the disk
 
@@ -37,11 +36,14 @@ def convert_gguf(path: Path, name: str) -> Path:
         return folder
     try:
         architecture, fields, factors = _told(files)
-    except (ValueError, IndexError, KeyError, OSError, struct.error, AttributeError) as error:
-        raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({error}); download it again.") from None
+    except (ValueError, LookupError, TypeError, OSError, ArithmeticError, AttributeError) as error:
+        raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({first_line(error)}); download it again.") from None
+    import gguf
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from iqlite.base.gguf_proof import prove
 
     dtype = torch.float32 if sum(file.stat().st_size for file in files) <= FLOAT32_UP_TO else torch.float16
     link = cache_folder() / f"making-{digest}-{os.getpid()}"
@@ -70,6 +72,7 @@ def convert_gguf(path: Path, name: str) -> Path:
             raise BaseError(
                 f"base {name!r}: the GGUF file {path} lacks {len(missing)} of its weights, such as {missing[0]}; download it again."
             )
+        prove(model, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
         del model
@@ -147,7 +150,7 @@ def _told(files: Sequence[Path]) -> tuple[str, dict[str, Any], dict[str, list[fl
     """(architecture, metadata, tensors of rotation factors by their names)."""
     import gguf
 
-    fields, _ = gguf_header(files[0])
+    headers = [gguf_header(file) for file in files]  # each is checked before the library believes what it says
     readers = [gguf.GGUFReader(file) for file in files]
     factors = {t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))}
-    return str(fields["general.architecture"]), fields, factors
+    return str(headers[0][0]["general.architecture"]), headers[0][0], factors

@@ -173,7 +173,9 @@ def _check_tensors(folder: Path) -> None:
     for name, shape in shapes.items():
         other = name.replace(".lora_A.", ".lora_?.").replace(".lora_B.", ".lora_A.").replace(".lora_?.", ".lora_B.")
         if other == name or len(shape) != 2 or other not in shapes:
-            raise AdapterError(f"{path} holds {name}, which is no pair of matrices of a linear map: train a plain LoRA on the linear layers.")
+            raise AdapterError(
+                f"{path} holds {name}, which is no pair of matrices of a linear map: train a plain LoRA on the linear layers."
+            )
     if not shapes:
         raise AdapterError(f"{path} holds no weights: save the adapter again.")
 

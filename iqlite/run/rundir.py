@@ -18,7 +18,7 @@ import tomli_w
 from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError
-from iqlite.places import ENVIRONMENT, RECIPE, exists, is_run
+from iqlite.places import ENVIRONMENT, RECIPE, exists, is_run, path_of
 from iqlite.recipe.reading import load_recipe, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers, read_json
@@ -166,7 +166,7 @@ def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(item) for item in value]
-        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+        return str(path_of(value, folder).resolve()) if isinstance(value, str) else value
 
     for table, keys in {
         "prompts": ("train", "eval", "outside", "contrary"),
