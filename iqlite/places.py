@@ -32,6 +32,8 @@ def path_of(text: str, beside: Path = Path()) -> Path:
         path = beside / Path(text).expanduser()
     except RuntimeError:
         raise IqliteError(f"{text[:200]!r} names the home of somebody whom this computer doesn't know: write the path out.") from None
+    except ValueError as error:
+        raise IqliteError(f"{text[:200]!r} can't be looked at ({error}): name another path.") from None
     exists(path)
     return path
 

@@ -34,10 +34,7 @@ def convert_gguf(path: Path, name: str) -> Path:
     folder = cache_folder() / f"gguf-{digest}-v{CONVERSION}"
     if (folder / "config.json").is_file():
         return folder
-    try:
-        architecture, fields, factors = _told(files)
-    except (ValueError, LookupError, TypeError, OSError, ArithmeticError, AttributeError) as error:
-        raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({first_line(error)}); download it again.") from None
+    architecture, fields, factors = told(files, name)
     import gguf
     import torch
     from safetensors import SafetensorError
@@ -146,11 +143,16 @@ def _digest(files: Sequence[Path]) -> str:
     return (sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest())[:32]
 
 
-def _told(files: Sequence[Path]) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
-    """(architecture, metadata, tensors of rotation factors by their names)."""
+def told(files: Sequence[Path], name: str) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
+    """(architecture, metadata, tensors of rotation factors by their names); BaseError for a file that can't be read."""
     import gguf
 
-    headers = [gguf_header(file) for file in files]  # each is checked before the library believes what it says
-    readers = [gguf.GGUFReader(file) for file in files]
-    factors = {t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))}
-    return str(headers[0][0]["general.architecture"]), headers[0][0], factors
+    try:
+        headers = [gguf_header(file) for file in files]  # each is checked before the library believes what it says
+        readers = [gguf.GGUFReader(file) for file in files]
+        factors = {
+            t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))
+        }
+        return str(headers[0][0]["general.architecture"]), headers[0][0], factors
+    except (ValueError, LookupError, TypeError, OSError, ArithmeticError, AttributeError) as error:
+        raise BaseError(f"base {name!r}: the GGUF file {files[0]} can't be read ({first_line(error)}); download it again.") from None
