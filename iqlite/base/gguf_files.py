@@ -69,10 +69,12 @@ def convert_gguf(path: Path, name: str) -> Path:
             raise BaseError(
                 f"base {name!r}: the GGUF file {path} lacks {len(missing)} of its weights, such as {missing[0]}; download it again."
             )
-        prove(model, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
         del model
+        written = AutoModelForCausalLM.from_pretrained(making, dtype=dtype, use_safetensors=True)  # what was written is proved
+        prove(written, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
+        del written
         os.replace(making, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if folder.is_dir():  # another process was quicker
