@@ -44,7 +44,7 @@ def written(make_run: Callable[..., RunDir], tiny: Callable[..., Path], tmp_path
         merge = Merge(Stored.find(str(base)), run.adapter)
         file = tmp_path / f"{architecture}.gguf"
         tokenizer = make_tokenizer(merges=True)
-        write_model(file, merge, tokenizer, [int(tokenizer.eos_token_id)], quant="f32", name="it")
+        write_model(file, merge, tokenizer, (int(tokenizer.eos_token_id),), quant="f32", name="it")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         own = dict(model.named_parameters())
         shard = next(iter(merge.stored.shards))
