@@ -17,7 +17,7 @@ SIGNS = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "wrong": "[bold red]
 
 
 def doctor(as_json: Json = False) -> None:
-    """Look at this computer: is everything here that iqlite needs?
+    """Look whether everything that iqlite needs is here.
 
     Python, torch and its driver, the card, a product in 4 bits, memory, disk, hub, tools. Changes nothing; exit code 1 if something is wrong.
     """

@@ -163,4 +163,4 @@ class Template:
     def _faults() -> tuple[type[Exception], ...]:
         from jinja2 import TemplateError
 
-        return (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+        return (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, SyntaxError)
