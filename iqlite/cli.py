@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.commands import bench, chat, compare, export, init, merge, plan, probe, recipe, train
+from iqlite.commands import bench, chat, compare, doctor, export, init, merge, plan, probe, recipe, train
 from iqlite.commands.options import Verb, Verbs
 from iqlite.errors import IqliteError
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, compare, init, recipe, plan, probe, bench, chat, merge, export):
+for module in (train, compare, init, recipe, plan, probe, bench, chat, merge, export, doctor):
     name = module.__name__.rpartition(".")[2]
     app.command(name, cls=Verb, epilog="\b\nExamples:\n  " + "\n  ".join(module.EXAMPLES))(getattr(module, name))
 
@@ -46,7 +46,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 
 def main() -> None:
-    """The console script: errors for people are one sentence on standard error and exit code 2."""
+    """The console script: errors for people are one sentence on standard error and exit code 2; what nobody foresaw is one, with exit code 1."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a narrow encoding, as Windows gives redirected output, loses a sign and not the run
@@ -59,6 +59,13 @@ def main() -> None:
     except IqliteError as error:
         sys.stderr.write(f"iqlite: {error}\n")
         sys.exit(2)
+    except Exception as error:  # what nobody foresaw becomes a sentence too
+        from iqlite import unforeseen
+
+        if os.environ.get(unforeseen.DEBUG):
+            raise
+        sys.stderr.write(f"iqlite: {unforeseen.explain(error, sys.argv)}\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

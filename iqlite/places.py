@@ -21,13 +21,42 @@ def exists(path: Path) -> bool:
     """True if there is something; IqliteError where the system won't say (a name that is too long, a folder that can't be looked into)."""
     try:
         return path.exists()
-    except OSError as error:
-        raise IqliteError(f"{str(path)[:200]} can't be looked at ({error.strerror}): name another path.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise IqliteError(f"{str(path)[:200]!r} can't be looked at ({why}): name another path.") from None
+
+
+def check_no_link(path: Path, option: str) -> None:
+    """IqliteError for a symbolic link, or one where the new folder is made: what it leads to isn't replaced."""
+    for one in (path, path.with_name(f".making-{path.name}")):
+        if one.is_symlink():
+            raise IqliteError(
+                f"{one} is a symbolic link, which isn't followed to replace what is there: remove it, or name another {option}."
+            )
+
+
+def path_of(text: str, beside: Path = Path()) -> Path:
+    """A path as somebody wrote it, ~ expanded, looked up in `beside` if it is relative; IqliteError for what the system can't take as one."""
+    try:
+        path = beside / Path(text).expanduser()
+    except RuntimeError:
+        raise IqliteError(f"{text[:200]!r} names the home of somebody whom this computer doesn't know: write the path out.") from None
+    except ValueError as error:
+        raise IqliteError(f"{text[:200]!r} can't be looked at ({error}): name another path.") from None
+    exists(path)
+    return path
 
 
 def is_run(path: Path) -> bool:
     """True if the folder is a run's: a user's own folder may hold a recipe.toml, but no environment beside it."""
     return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
+
+
+def usual_rights(folder: Path) -> None:
+    """Gives every file in a new folder the rights that the user's umask gave the folder: safetensors writes for nobody but its owner."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(folder.stat().st_mode & 0o666)
 
 
 def cache_folder() -> Path:

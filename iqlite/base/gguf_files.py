@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 from iqlite.base.gguf_config import correct, loses_sizes
 from iqlite.base.gguf_header import gguf_header
 from iqlite.errors import BaseError, first_line
-from iqlite.places import cache_folder
+from iqlite.places import cache_folder, usual_rights
 
-CONVERSION = 2  # raise it when the conversion changes, so that old caches aren't read
+CONVERSION = 3  # raise it when the conversion changes, so that old caches aren't read
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 FLOAT32_UP_TO = 2 * 2**30  # bytes of GGUF; larger files are converted to float16, half the disk
 
@@ -35,13 +34,13 @@ def convert_gguf(path: Path, name: str) -> Path:
     folder = cache_folder() / f"gguf-{digest}-v{CONVERSION}"
     if (folder / "config.json").is_file():
         return folder
-    try:
-        architecture, fields, factors = _told(files)
-    except (ValueError, IndexError, KeyError, OSError, struct.error, AttributeError) as error:
-        raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({error}); download it again.") from None
+    architecture, fields, factors = told(files, name)
+    import gguf
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from iqlite.base.gguf_proof import prove
 
     dtype = torch.float32 if sum(file.stat().st_size for file in files) <= FLOAT32_UP_TO else torch.float16
     link = cache_folder() / f"making-{digest}-{os.getpid()}"
@@ -73,6 +72,10 @@ def convert_gguf(path: Path, name: str) -> Path:
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
         del model
+        written = AutoModelForCausalLM.from_pretrained(making, dtype=dtype, use_safetensors=True)  # what was written is proved
+        prove(written, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
+        del written
+        usual_rights(making)
         os.replace(making, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if folder.is_dir():  # another process was quicker
@@ -143,11 +146,16 @@ def _digest(files: Sequence[Path]) -> str:
     return (sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest())[:32]
 
 
-def _told(files: Sequence[Path]) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
-    """(architecture, metadata, tensors of rotation factors by their names)."""
+def told(files: Sequence[Path], name: str) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
+    """(architecture, metadata, tensors of rotation factors by their names); BaseError for a file that can't be read."""
     import gguf
 
-    fields, _ = gguf_header(files[0])
-    readers = [gguf.GGUFReader(file) for file in files]
-    factors = {t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))}
-    return str(fields["general.architecture"]), fields, factors
+    try:
+        headers = [gguf_header(file) for file in files]  # each is checked before the library believes what it says
+        readers = [gguf.GGUFReader(file) for file in files]
+        factors = {
+            t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))
+        }
+        return str(headers[0][0]["general.architecture"]), headers[0][0], factors
+    except (ValueError, LookupError, TypeError, OSError, ArithmeticError, AttributeError) as error:
+        raise BaseError(f"base {name!r}: the GGUF file {files[0]} can't be read ({first_line(error)}); download it again.") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iqlite.base.names import hub_name, is_hub_id
-from iqlite.errors import AdapterError, BaseError
+from iqlite.errors import AdapterError, BaseError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,14 +18,24 @@ IDENTITY_FILE = "iqlite.json"
 IDENTITY_TOLERANCE = 2.0**-7  # relative; what bfloat16, float16 and float32 copies of one weight may differ by
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+_PLAIN = {
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision",
+    "peft_version", "auto_mapping", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying", "eva_config",
+}  # fmt: skip
+"""Keys of PEFT's LoRA configuration under which an adapter stays B·A on linear maps; any other may only be empty."""
 _BEYOND = {
     "trainable_token_indices": "trains single tokens' embeddings",
     "target_parameters": "adapts parameters that aren't linear maps",
     "alora_invocation_tokens": "begins at certain tokens only",
     "layer_replication": "repeats layers",
     "megatron_config": "is split over several cards",
+    "use_dora": "is a DoRA",
+    "modules_to_save": "holds whole modules (modules_to_save)",
+    "lora_bias": "has biases",
 }
-"""Keys of PEFT's LoRA configuration that add to it what is no B·A on a linear map."""
+_OWN_BEGINNING = ("true", "false", "gaussian", "eva", "orthogonal", "none")
+"""Values of init_lora_weights that leave the base's weights alone."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +108,10 @@ def check_adapter(folder: Path, base: Identity) -> Lora:
             raise AdapterError(
                 f"{folder} was trained on {config['base_model_name_or_path']}, not on {base.name}: use it with its own base, or take base_model_name_or_path out of its {ADAPTER_CONFIG} if they are the same."
             )
-    rank = int(config.get("r", 0))
-    alpha = float(config.get("lora_alpha", 0))
-    return Lora(rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / max(1, rank))
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not 0 < rank < 2**20 or not isinstance(alpha, (int, float)):
+        raise AdapterError(f"{folder / ADAPTER_CONFIG} names no rank and scale (r, lora_alpha): save the adapter again.")
+    return Lora(rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
 def _plain_name(name: str) -> str:
@@ -124,30 +135,49 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} holds no {ADAPTER_WEIGHTS} (pickled weights aren't loaded): save the adapter again as safetensors.")
     try:
         config: dict[str, Any] = json.loads(config_file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{config_file} isn't valid JSON ({error}): save the adapter again.") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{config_file} holds no JSON object: save the adapter again.")
     if "lm_head" in str(config.get("target_modules")):
         raise AdapterError(f"{folder} adapts the LM head, which stays the base's here: train one on the other linear layers.")
-    for key, what in _BEYOND.items():
-        if config.get(key):
-            raise AdapterError(f"{folder} {what}, which a merge or a GGUF couldn't hold: train a plain LoRA on the linear layers.")
     if "embed_tokens" in str(config.get("target_modules")):
         raise AdapterError(
             f"{folder} adapts the embedding, which a merge or a GGUF couldn't hold: train a plain LoRA on the linear layers."
         )
-    if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
+    begun = str(config.get("init_lora_weights", True))
+    if begun.lower() not in _OWN_BEGINNING:
         raise AdapterError(
-            f"{folder} was begun by {config['init_lora_weights']}, which changes the base's own weights: convert it to a plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
+            f"{folder} was begun by {begun}, which changes the base's own weights: convert it to a plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
         )
-    if (
-        config.get("peft_type") != "LORA"
-        or config.get("bias", "none") != "none"
-        or config.get("modules_to_save")
-        or config.get("use_dora")
-        or config.get("lora_bias")
-    ):
-        raise AdapterError(f"{folder} isn't a plain LoRA (bias, DoRA and modules_to_save change the base too): train a plain one.")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise AdapterError(f"{folder} isn't a plain LoRA (bias and other methods change the base too): train a plain one.")
+    for key, value in config.items():
+        if value and key not in _PLAIN and key not in ("init_lora_weights", "bias"):
+            what = _BEYOND.get(key, f"is more than a plain LoRA ({key})")
+            raise AdapterError(f"{folder} {what}, which a merge or a GGUF couldn't hold: train a plain LoRA on the linear layers.")
+    _check_tensors(folder)
     return config
+
+
+def _check_tensors(folder: Path) -> None:
+    """AdapterError unless the file holds pairs of matrices and nothing else; reads its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, "numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} can't be read ({first_line(error)}): save the adapter again.") from None
+    for name, shape in shapes.items():
+        other = name.replace(".lora_A.", ".lora_?.").replace(".lora_B.", ".lora_A.").replace(".lora_?.", ".lora_B.")
+        if other == name or len(shape) != 2 or other not in shapes:
+            raise AdapterError(
+                f"{path} holds {name}, which is no pair of matrices of a linear map: train a plain LoRA on the linear layers."
+            )
+    if not shapes:
+        raise AdapterError(f"{path} holds no weights: save the adapter again.")
 
 
 def check_mergeable(folder: Path) -> None:

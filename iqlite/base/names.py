@@ -16,6 +16,7 @@ from iqlite.base.gguf_header import gguf_is_adapter
 from iqlite.base.hub import offline_without_network
 from iqlite.base.shape import Shape, known
 from iqlite.errors import BaseError, first_line
+from iqlite.places import path_of
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -107,8 +108,11 @@ def only_model_in(folder: Path, name: str) -> Path:
 
 def is_gguf(path: Path) -> bool:
     """True if the file begins with GGUF's magic bytes."""
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError as error:
+        raise BaseError(f"{path} can't be read ({error.strerror}): check the file's rights, or name another base.") from None
 
 
 def hub_name(name: str) -> str:
@@ -123,7 +127,7 @@ def is_hub_id(name: str) -> bool:
 
 def here(name: str, beside: Path = Path()) -> Path | None:
     """The file or folder that a name means, looked up beside the recipe and then in the current folder; None if it is no path here."""
-    return next((path for path in (beside / Path(name).expanduser(), Path(name).expanduser()) if path.exists()), None)
+    return next((path for path in (path_of(name, beside), path_of(name)) if path.exists()), None)
 
 
 def on_the_hub(name: str, beside: Path = Path()) -> bool:
@@ -192,9 +196,12 @@ def shape_of(name: str, beside: Path = Path(), revision: str | None = None) -> S
     folder = here(name, beside)
     if folder is not None and (folder / "config.json").is_file():
         try:
-            return Shape.of(json.loads((folder / "config.json").read_text("utf-8")), name)
-        except (ValueError, OSError) as error:
-            raise BaseError(f"base {name!r}: {folder / 'config.json'} can't be read ({error}); download it again.") from None
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it holds no JSON object")
+        except (ValueError, OSError, RecursionError) as error:
+            raise BaseError(f"base {name!r}: {folder / 'config.json'} can't be read ({first_line(error)}); download it again.") from None
+        return Shape.of(config, name)
     if name in known():
         return Shape.of(known()[name], name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from iqlite.base.gguf_header import gguf_header
-from iqlite.errors import BaseError
+from iqlite.errors import BaseError, first_line
 
 USUAL = frozenset(
     [
@@ -83,9 +82,11 @@ class Shape:
             return cls(**{**config["counted"], "maps": tuple(map(tuple, config["counted"]["maps"]))})
         try:
             if kind in USUAL and _unmixed(config):
-                return cls._usual(kind, config)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise BaseError(f"base {name!r}: its config.json lacks or garbles {error}; download it again.") from None
+                shape = cls._usual(kind, config)
+                shape.check()
+                return shape
+        except (AttributeError, OverflowError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise BaseError(f"base {name!r}: its config.json lacks or garbles {first_line(error)}; download it again.") from None
         return cls._counted(config, name)
 
     @classmethod
@@ -175,9 +176,19 @@ class Shape:
                 attending=sum(map(bool, kv_heads)) if isinstance(kv_heads, tuple) else found["block_count"],
             )
             everything = sum(math.prod(size) for size in tensors.values() if len(size) > 1)
+            shape.check()
             return replace(shape, other=max(0, everything - shape.parameters))
-        except (OSError, KeyError, IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError, struct.error) as error:
-            raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({error}); download it again.") from None
+        except (OSError, KeyError, IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            raise BaseError(f"base {name!r}: the GGUF file {path} can't be read ({first_line(error)}); download it again.") from None
+
+    def check(self) -> None:
+        """ValueError for sizes that no model has."""
+        for key in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "context"):
+            size = getattr(self, key)
+            if not isinstance(size, int) or not 0 < size < 2**32:
+                raise ValueError(f"a model's {key} can't be {str(size)[:40]}")
+        if not self.maps:
+            raise ValueError("it has no linear maps")
 
     @property
     def linear_weights(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from iqlite.errors import BaseError
+from iqlite.errors import BaseError, first_line
 
 PLAIN = ("F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F64")  # U8: bitsandbytes' packed weights, and buffers of some models
 INSTEAD = "take the model's 16-bit original, a folder of it in bitsandbytes' 4 bits (…-bnb-4bit), or a GGUF file"
@@ -30,8 +31,9 @@ def check_files(folder: Path, name: str) -> None:
     index = folder / "model.safetensors.index.json"
     try:
         wanted = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else []
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BaseError(f"base {name!r}: {index} can't be read ({error}); download it again.") from None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise BaseError(f"base {name!r}: {index} can't be read ({first_line(error)}); download it again.") from None
+    check_inside(wanted, name)
     for file in wanted:
         if not (folder / file).is_file():
             raise BaseError(f"base {name!r} lacks {file}, one of its {len(wanted)} files of weights: download it again.")
@@ -40,6 +42,15 @@ def check_files(folder: Path, name: str) -> None:
         if strange:
             raise BaseError(
                 f"base {name!r} stores weights as {', '.join(sorted(strange))}, which can't be trained on and merged into: {INSTEAD}."
+            )
+
+
+def check_inside(files: Iterable[Any], name: str) -> None:
+    """BaseError for a file that an index names outside the base's own folder."""
+    for file in files:
+        if not isinstance(file, str) or not file or file in (".", "..") or any(c in file for c in "/\\:\0"):
+            raise BaseError(
+                f"base {name!r}: its index of weights names {str(file)[:80]!r}, which is no file of its folder: download it again from somebody you trust."
             )
 
 
@@ -52,5 +63,5 @@ def _types(path: Path) -> set[Any]:
         try:
             header = json.loads(file.read(size))
             return {tensor["dtype"] for key, tensor in header.items() if key != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return set()

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -17,7 +16,7 @@ from rich.text import Text
 from iqlite.chat.speaker import Speaker
 from iqlite.errors import IqliteError, RecipeError, RunError
 from iqlite.model.sampling import Sampler
-from iqlite.places import cache_folder, exists
+from iqlite.places import cache_folder, exists, path_of
 from iqlite.records import Messages
 from iqlite.terminal import WordWrap, clean, harmless
 
@@ -243,7 +242,7 @@ class Conversation:
 
     def save(self, rest: str) -> None:
         """/save FILE: the conversation as JSON"""
-        path = Path(rest or "chat.json").expanduser()
+        path = path_of(rest or "chat.json")
         if exists(path):
             raise RunError(f"{path} exists already: name another file.")
         try:

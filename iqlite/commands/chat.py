@@ -12,7 +12,7 @@ import typer
 from iqlite.base.names import EMBEDDED, find_gguf
 from iqlite.commands.options import Json
 from iqlite.errors import RecipeError, RunError
-from iqlite.places import RUNS, is_run
+from iqlite.places import RUNS, is_run, path_of
 from iqlite.terminal import console as terminal
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, P
     if target is None:
         runs = sorted((p for p in RUNS.glob("*") if is_run(p)), key=lambda p: p.stat().st_mtime)
         target = str(runs[-1]) if runs else EMBEDDED
-    path = Path(target).expanduser()
+    path = path_of(target)
     if path.is_dir() and not (path / "config.json").is_file():
         run_dir = RunDir.open(path)
         folder = adapter or run_dir.trained()

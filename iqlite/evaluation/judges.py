@@ -18,6 +18,7 @@ from pydantic import HttpUrl
 
 from iqlite.base.hub import somebody_answers
 from iqlite.errors import RunError
+from iqlite.model.rendering import in_time
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages
 from iqlite.run.files import explained
@@ -274,7 +275,8 @@ class RewardModel:
 
         turns = [*request, {"role": "assistant", "content": answer}]
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            with in_time():
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False)
             inputs = self.tokenizer(text, return_tensors="pt", truncation=True, add_special_tokens=False)
         else:
             inputs = self.tokenizer(request[-1]["content"], answer, return_tensors="pt", truncation=True)

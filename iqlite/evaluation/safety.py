@@ -52,7 +52,7 @@ def load_items(path: Path | None = None) -> list[Item]:
     found = []
     try:
         lines = file.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise PromptsError(f"--safety-set {file} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():

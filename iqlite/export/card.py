@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,21 +72,21 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
     }
     behaviors = recipe["behavior"].get("mixture") or [recipe["behavior"]]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
-    lines += [f"# {base['name']}, with a behaviour trained in by iqlite", ""]
+    lines += [f"# {plain(base['name'])}, with a behaviour trained in by iqlite", ""]
     for behavior in behaviors:
         lines += [
-            f"- wanted: {behavior.get('wanted') or 'as an existing adapter behaves'}",
-            f"- unwanted: {behavior.get('unwanted') or 'the base as it is'}",
+            f"- wanted: {plain(behavior.get('wanted') or 'as an existing adapter behaves')}",
+            f"- unwanted: {plain(behavior.get('unwanted') or 'the base as it is')}",
         ]
     lines += [
         "",
         f"Method: Inverse-Q* (arXiv 2408.14874) with iqlite {manifest['iqlite']}, objective `{recipe['objective']['name']}`, a LoRA of rank {recipe['adapter']['rank']}",
     ]
     lines += [
-        f"on {base['name']} ({manifest['trained_with']['quantization']}, computed in {manifest['trained_with']['compute_dtype']}).",
+        f"on {plain(base['name'])} ({manifest['trained_with']['quantization']}, computed in {manifest['trained_with']['compute_dtype']}).",
         "",
     ]
-    lines += ["## Made as", "", *(f"- {key.replace('_', ' ')}: {value}" for key, value in manifest["made"].items()), ""]
+    lines += ["## Made as", "", *(f"- {key.replace('_', ' ')}: {plain(value)}" for key, value in manifest["made"].items()), ""]
     lines += [
         "## Figures",
         "",
@@ -93,11 +94,18 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
         "",
     ]
     lines += [*(_figure_lines(found) or ["None were measured."]), ""]
-    lines += ["## Safety", "", *_safety_lines(found), *(f"- **{sentence}**" for sentence in warnings(manifest)), ""]
-    lines += ["## Licences", "", f"- base: {base['licence'] or 'see the page of ' + base['name']}"]
-    lines += [f"- training prompts: {', '.join(manifest['prompts']['sources'])}; their licences are their sources'", ""]
+    lines += ["## Safety", "", *_safety_lines(found), *(f"- **{plain(sentence)}**" for sentence in warnings(manifest)), ""]
+    lines += ["## Licences", "", f"- base: {plain(base['licence'] or 'see the page of ' + base['name'])}"]
+    lines += [f"- training prompts: {plain(', '.join(manifest['prompts']['sources']))}; their licences are their sources'", ""]
     lines += ["## Limits", "", "A described behaviour can carry more than was meant: test what matters to you before you rely on it.", ""]
     return "\n".join(lines)
+
+
+def plain(value: Any) -> str:
+    """A text from elsewhere as one line of a card: nothing in it is taken for Markdown, HTML or another line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\\\`*_\[\]|#!~])", r"\\\1", text)
 
 
 def write_about(path: Path, manifest: Mapping[str, Any], *, peft: bool = False) -> None:
@@ -124,14 +132,14 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
     for compared in [*([found["compare"]] if "compare" in found else []), *found.get("elsewhere", [])]:
         lines += [
             "",
-            f"Answers to {compared['prompts']} prompts ({compared['asked']}) × {compared['seeds']} seeds, temperature {compared['temperature']:g}:",
+            f"Answers to {compared['prompts']} prompts ({plain(compared['asked'])}) × {compared['seeds']} seeds, temperature {compared['temperature']:g}:",
             "",
         ]
         measure = compared.get("measure", "tone")
-        lines += [f"| | {measure} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| | {plain(measure)} | ± se | median words | ended |", "| --- | --- | --- | --- | --- |"]
         for m in compared["measures"]:
             error = m.get("score_se", m["tone_se"])  # None of one prompt
-            lines.append(f"| {m['name']} | {m.get('score', m['tone']):.3f} | {'' if error is None else f'{error:.3f}'} | {m['words_median']:g} | {m['ended_share']:.0%} |")  # fmt: skip
+            lines.append(f"| {plain(m['name'])} | {m.get('score', m['tone']):.3f} | {'' if error is None else f'{error:.3f}'} | {m['words_median']:g} | {m['ended_share']:.0%} |")  # fmt: skip
     if "kl_adapter_merged" in found:
         lines += ["", f"KL(adapter on its base ‖ merged): {found['kl_adapter_merged']:.5f} nats a token."]
     return lines
@@ -155,7 +163,7 @@ def _safety_table(safety: Mapping[str, Any]) -> list[str]:
     def cell(figure: Any, form: str) -> str:
         return "" if figure is None else form.format(figure["value"] if isinstance(figure, dict) else figure)
 
-    lines = [f"| | {' | '.join(figures)} |", "| --- |" + " --- |" * len(figures)]
+    lines = [f"| | {' | '.join(map(plain, figures))} |", "| --- |" + " --- |" * len(figures)]
     lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
     return [*lines, "", f"Measured on {safety['set']}, by rules: it warns, it doesn't certify.", ""]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iqlite.errors import RunError
 from iqlite.model.template import Chat
 from iqlite.records import Messages
 
@@ -68,7 +69,15 @@ class Template:
         return all(self.render(turns) == chat.render(chat.describe(turns, None), answer=True).removeprefix(bos) for turns in asked)
 
     def go(self) -> str:
-        """In Go's template language, as Ollama runs it. No trim markers: every space and line end is the model's."""
+        """In Go's template language, as Ollama runs it. No trim markers: every space and line end is the model's.
+
+        RunError for a template whose own text would be read as Go's, or would end the Modelfile's: it could add lines there.
+        """
+        for text in (self.first, *self.system, self.later, self.answers, self.before_history, self.end, self.opening):
+            if strange := next((mark for mark in ('"""', "{{", "}}", "\0") if mark in text), None):
+                raise RunError(
+                    f"the model's chat template writes {strange!r}, which a Modelfile would take for its own: export with --to gguf, which keeps the template as it is."
+                )
         start = f"{{{{ if $first }}}}{{{{ if $.System }}}}{self.system[0]}{{{{ $.System }}}}{self.system[1]}{{{{ else }}}}{self.first}{{{{ end }}}}"
         user = f"{start}{{{{ $first = false }}}}{{{{ else }}}}{self.later}{{{{ end }}}}{{{{ .Content }}}}{self.answers}"
         answer = f"{self.before_history}{{{{ .Content }}}}{self.end}"
@@ -77,13 +86,20 @@ class Template:
 
 
 def modelfile(chat: Chat, source: str, adapter: str | None) -> str:
-    """The Modelfile of a model in `source` (a file, or a model that Ollama has), with a LoRA beside it or without."""
+    """The Modelfile of a model in `source` (a file, or a model that Ollama has), with a LoRA beside it or without.
+
+    RunError for names and tokens that would add lines to it.
+    """
+    if not source.isprintable():
+        raise RunError(f"{source!r} can't be named in a Modelfile: give the base's file a plain name.")
     lines = [f"FROM {source}"]
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
     lines.append(f'TEMPLATE """{Template.of(chat).go()}"""')
-    stops = dict.fromkeys(chat.tokenizer.convert_ids_to_tokens(token) for token in chat.stop_ids)
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    for stop in dict.fromkeys(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids):
+        if '"' in stop or not stop.isprintable():
+            raise RunError(f"the token {stop!r} that ends the model's answers can't be written into a Modelfile: export with --to gguf.")
+        lines.append(f'PARAMETER stop "{stop}"')
     return "\n".join(lines) + "\n"
 
 

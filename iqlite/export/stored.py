@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from iqlite.base.anatomy import Anatomy, empty
 from iqlite.base.identity import Identity
 from iqlite.base.names import explain, find_gguf, locate
+from iqlite.base.stored_types import check_inside
 from iqlite.errors import BaseError, first_line
 
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -147,6 +148,7 @@ class Stored:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            check_inside(names, self.name)
         elif (self.folder / "model.safetensors").is_file():
             names = {"model.safetensors"}
         else:

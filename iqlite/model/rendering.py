@@ -5,7 +5,11 @@ What is thought is not what is judged: `thought_end` tells where an answer's thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Literal
 
 from iqlite.errors import BaseError, first_line
@@ -29,7 +33,27 @@ MARKS = (
 """What thinking stands between in the templates of Qwen and DeepSeek, Mistral, EXAONE, Seed, Gemma 4 and gpt-oss."""
 HELLO: Messages = ({"role": "user", "content": "hello"},)
 PROBE = "iq-probe"
+SECONDS = 5.0  # for one conversation, which takes a thousandth; our choice
 Thinking = Literal["auto", True, False]
+
+
+@contextmanager
+def in_time(seconds: float = SECONDS) -> Iterator[None]:
+    """Ends a template of Jinja that runs in this thread for longer, or takes all memory, with a BaseError; it may be a stranger's."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def watch(frame: FrameType, event: str, _: Any) -> Any:
+        if time.monotonic() > end:
+            raise BaseError(f"the base's chat template runs for more than {seconds:g} seconds: choose another base.")
+        return watch if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(watch)
+    try:
+        yield
+    except (MemoryError, RecursionError) as error:
+        raise BaseError(f"the base's chat template never comes to an end ({type(error).__name__}): choose another base.") from None
+    finally:
+        sys.settrace(before)
 
 
 class Template:
@@ -55,8 +79,14 @@ class Template:
         self.system_turn = self._takes_a_system_turn()
 
     def render(self, turns: Messages, *, answer: bool) -> str:
-        """The text of the turns; with `answer`, up to where the model's answer begins, behind an empty thought where it isn't to think."""
-        text = self._rendered(turns, answer)
+        """The text of the turns; with `answer`, up to where the model's answer begins, behind an empty thought where it isn't to think.
+
+        BaseError for a conversation that the template refuses.
+        """
+        try:
+            text = self._rendered(turns, answer)
+        except self._faults() as error:
+            raise BaseError(f"the base's chat template refuses a conversation ({first_line(error)}): mend chat_template.jinja.") from None
         if not answer or self.marks is None or self.thinks:
             return text
         opens, closes = self.marks
@@ -123,13 +153,14 @@ class Template:
         given: list[Any] = list(turns)
         if self._parts:
             given = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-        text: str = self.tokenizer.apply_chat_template(
-            given, chat_template=self.text, tokenize=False, add_generation_prompt=answer, **{**self._more, **more}
-        )
+        with in_time():
+            text: str = self.tokenizer.apply_chat_template(
+                given, chat_template=self.text, tokenize=False, add_generation_prompt=answer, **{**self._more, **more}
+            )
         return text
 
     @staticmethod
     def _faults() -> tuple[type[Exception], ...]:
         from jinja2 import TemplateError
 
-        return (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+        return (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, SyntaxError)

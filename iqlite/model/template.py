@@ -12,6 +12,10 @@ from iqlite.errors import BaseError, PromptsError
 from iqlite.model.rendering import Template, Thinking
 from iqlite.records import Messages, Prompts
 
+CHARACTERS = 64  # of a token at most, as far as a text that is to be cut is tokenised; our choice, far above what tokens hold
+CONTROL = re.compile(
+    r"<[^\s<>]+>|\[/?[A-Z_]+\]|◁[^\s◁▷]+▷"
+)  # how tokens look that steer a model though its tokenizer doesn't call them special
 FEW_SHARED = 8  # tokens that all requests begin with before sharing what they come to is worth it; our choice
 
 
@@ -80,35 +84,63 @@ class Chat:
             ids = [self._bos, *ids[at:]]
         return ids
 
-    def _ids_of(self, turns: Messages) -> list[int]:
-        """Ids of rendered turns. A special token that somebody spells in a text stays text: it ends no turn and begins none."""
-        spelled = [token for token in self._special if any(token in turn["content"] for turn in turns)]
-        if not spelled:
-            found: list[int] = self.tokenizer(self.render(turns, answer=True), add_special_tokens=False).input_ids
-            return found
-        pattern = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of an answer's text; control tokens that it spells stay text, but for the marks of thinking."""
         hidden: list[str] = []
+        return self._tokenised(self._hide("assistant", text, hidden), hidden) if self._spells("assistant", text) else self._tokenised(text)
+
+    def _ids_of(self, turns: Messages) -> list[int]:
+        """Ids of rendered turns. A control token that somebody spells in a text stays text: it ends no turn and begins none."""
+        if not any(self._spells(turn["role"], turn["content"]) for turn in turns):
+            return self._tokenised(self.render(turns, answer=True))
+        hidden: list[str] = []
+        turns = tuple({**turn, "content": self._hide(turn["role"], turn["content"], hidden)} for turn in turns)
+        return self._tokenised(self.render(turns, answer=True), hidden)
+
+    def _spells(self, role: str, text: str) -> bool:
+        pattern = self._control[role == "assistant"]
+        return pattern is not None and pattern.search(text) is not None
+
+    def _hide(self, role: str, text: str, hidden: list[str]) -> str:
+        """The text with a number between two private signs in the place of each control token."""
+        pattern = self._control[role == "assistant"]
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match[0])
             return f"\ue000{len(hidden) - 1}\ue001"
 
-        plain = [re.sub("[\ue000\ue001]", "", turn["content"]) for turn in turns]  # two private signs mark the places
-        text = self.render(
-            tuple({**turn, "content": pattern.sub(hide, said)} for turn, said in zip(turns, plain, strict=True)), answer=True
-        )
+        text = re.sub("[\ue000\ue001]", "", text)
+        return text if pattern is None else pattern.sub(hide, text)
+
+    def _tokenised(self, text: str, hidden: Sequence[str] = ()) -> list[int]:
+        """Ids of a text; what `hidden` holds is put back as text."""
         ids: list[int] = []
-        for place, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
-            if place % 2:  # as text: the inner tokenizer, for which no added token is one
-                ids += self.tokenizer(hidden[int(piece)], add_special_tokens=False, split_special_tokens=True).input_ids
+        for place, piece in enumerate(re.split("\ue000(\\d+)\ue001", text) if hidden else [text]):
+            if place % 2:
+                ids += self._as_text(hidden[int(piece)])
             else:
                 ids += self.tokenizer(piece, add_special_tokens=False).input_ids
         return ids
 
+    def _as_text(self, token: str) -> list[int]:
+        """Ids of what a control token is spelled with."""
+        ids: list[int] = self.tokenizer(token, add_special_tokens=False, split_special_tokens=True).input_ids
+        if set(ids).isdisjoint(self.tokenizer.all_special_ids) and set(ids).isdisjoint(self._added):
+            return ids
+        return [i for character in token for i in self.tokenizer(character, add_special_tokens=False).input_ids]
+
     @functools.cached_property
-    def _special(self) -> tuple[str, ...]:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        return tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
+    def _added(self) -> dict[int, Any]:
+        return dict(getattr(self.tokenizer, "added_tokens_decoder", {}))
+
+    @functools.cached_property
+    def _control(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        """Control tokens in what a user or a system turn says, and in what an assistant said, whose thinking is the template's to leave out."""
+        special = {*self.tokenizer.all_special_tokens, *(token.content for token in self._added.values() if token.special)} - {""}
+        looks = {token.content for token in self._added.values() if CONTROL.fullmatch(token.content)}
+        found = [special | looks, special - {*(self.rendering.marks or ())}]
+        patterns = [re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None for names in found]
+        return patterns[0], patterns[1]
 
     @functools.cache  # noqa: B019 - a chat lives as long as its session
     def shared(self, description: Description | None = None) -> tuple[int, ...]:
@@ -157,7 +189,8 @@ class Chat:
         requests, cut = [], 0
         for request in prompts.requests:
             # A token holds at least one byte, so that short texts needn't be tokenised to know that they fit.
-            if sum(len(turn["content"].encode()) + 32 for turn in request) + 128 > longest and len(self.ids(request)) > longest:
+            size = sum(len(turn["content"].encode()) + 32 for turn in request) + 128
+            if size > longest and (size > CHARACTERS * longest or len(self.ids(request)) > longest):
                 request, cut = self.cut(request, longest), cut + 1
             requests.append(request)
         if cut and cut == len(requests):
@@ -171,6 +204,9 @@ class Chat:
         """A request of at most `longest` tokens: earlier turns go first, then the last one's beginning."""
         turns = list(request)
         first = 1 if turns[0]["role"] == "system" else 0
+        while len(turns) > first + 2 and sum(len(turn["content"]) for turn in turns) > CHARACTERS * longest:
+            del turns[first : first + 2]
+        turns = [{**turn, "content": turn["content"][-CHARACTERS * longest :]} for turn in turns]
         while len(turns) > first + 2 and len(self.ids(tuple(turns))) > longest:
             del turns[first : first + 2]  # a user turn and its answer
         excess = len(self.ids(tuple(turns))) - longest

@@ -25,13 +25,23 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
     if first["type"] == "value_error":
         return _ended(str(first["ctx"]["error"]))
     if first["type"] == "model_type":
-        return f"{key} = {first['input']!r} must be a table of keys, [{key}]."
+        return f"{key} = {shown(first['input'])} must be a table of keys, [{key}]."
     message = first["msg"][0].lower() + first["msg"][1:]
     table = _table_at(recipe, loc[:-1])
     field = table.model_fields.get(str(loc[-1])) if table else None
-    return f"{key} = {first['input']!r}: {message}" + (f" ({field.description})" if field is not None and field.description else ".")
+    return f"{key} = {shown(first['input'])}: {message}" + (f" ({field.description})" if field is not None and field.description else ".")
 
 
+def shown(value: Any) -> str:
+    """A value as a message repeats it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python spells no integer of more than 4,300 digits
+        return "a number of thousands of digits" if isinstance(value, int) else "a value that can't be shown"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+LONGEST_SHOWN = 120  # characters of a value in a message; our choice
 UNION_BRANCHES = ("HubPrompts", "str", "constrained-str", "int", "constrained-int")  # what pydantic calls the alternatives of `Source`
 
 

@@ -75,4 +75,4 @@ def _answer(side: Any) -> str | None:
 
 def answer_ids(chat: Chat, text: str) -> list[int]:
     """The ids of an answer with the end of its turn; one that is cut loses that first, since it hasn't ended."""
-    return [*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.turn_end]
+    return [*chat.answer_ids(text), chat.turn_end]

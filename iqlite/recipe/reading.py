@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from iqlite.errors import RecipeError
+from iqlite.errors import RecipeError, first_line
 from iqlite.places import RECIPE, exists, is_run, shipped_recipes
-from iqlite.recipe.faults import explain
+from iqlite.recipe.faults import explain, shown
 from iqlite.recipe.schema import Recipe
 
 
@@ -45,11 +45,11 @@ def recipe_data(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         hint = f"; did you mean {known[near[0]]}?" if near else "; write one with: iqlite init NAME --wanted … --unwanted …"
         raise RecipeError(f"{path}: no such recipe{hint}") from None
     except OSError as error:
-        raise RecipeError(f"{path} can't be read ({error.strerror}); check the file's rights.") from None
+        raise RecipeError(f"{str(path)[:200]} can't be read ({error.strerror}); check the file's name and rights.") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} isn't UTF-8 text; name a recipe in TOML.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path} isn't valid TOML: {error}.") from None
+    except (ValueError, RecursionError) as error:  # Python reads no integer of more than 4,300 digits
+        raise RecipeError(f"{path} isn't valid TOML: {first_line(error)}.") from None
     return overridden(data, overrides)
 
 
@@ -83,16 +83,16 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or len(parts) < 2 or not all(parts):
-        raise RecipeError(f"--set {override!r} must look like table.key=value, for example --set rollout.temperature=0.8")
+        raise RecipeError(f"--set {shown(override)} must look like table.key=value, for example --set rollout.temperature=0.8")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a bare word is a string
     table = data
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"--set {override!r}: {part} isn't a table of the recipe")
+            raise RecipeError(f"--set {shown(override)}: {part} isn't a table of the recipe")
     table[parts[-1]] = value
     if parts in (["train", "steps"], ["train", "epochs"]):
         table.pop("epochs" if parts[-1] == "steps" else "steps", None)

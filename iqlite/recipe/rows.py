@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from iqlite.errors import PromptsError
+from iqlite.errors import PromptsError, first_line
+from iqlite.places import path_of
 from iqlite.recipe.requests import request_of
 from iqlite.recipe.schema import HubPrompts
 
@@ -20,7 +21,7 @@ def rows_of(source: str | HubPrompts, beside: Path, key: str) -> Iterable[tuple[
     """(line number, row) of a file or hub data set; a row that isn't readable comes as None."""
     if isinstance(source, HubPrompts):
         return _hub_rows(source, key)
-    path = beside / Path(source).expanduser()
+    path = path_of(source, beside)
     if path.is_dir():
         return _saved(path, source, key)
     if not path.is_file():
@@ -35,7 +36,7 @@ def rows_of(source: str | HubPrompts, beside: Path, key: str) -> Iterable[tuple[
     try:
         return list(readers[path.suffix.lower()](path))
     except (OSError, ValueError, RecursionError, csv.Error) as error:  # UnicodeDecodeError and pyarrow's ArrowInvalid are ValueErrors
-        raise PromptsError(f"{key} = {source!r} can't be read: {str(error).splitlines()[0]}; mend the file.") from None
+        raise PromptsError(f"{key} = {source!r} can't be read: {first_line(error)}; mend the file.") from None
 
 
 def _jsonl(path: Path) -> Iterable[tuple[int, Any]]:
@@ -95,13 +96,32 @@ def _saved(path: Path, source: str, key: str) -> Iterable[tuple[int, Any]]:
     try:
         return enumerate(load_from_disk(str(path)), 1)
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
-        raise PromptsError(f"{key} = {source!r} can't be read: {str(error).splitlines()[0]}; save it again.") from None
+        raise PromptsError(f"{key} = {source!r} can't be read: {first_line(error)}; save it again.") from None
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+
+
+def check_dataset(name: str, key: str) -> None:
+    """PromptsError for what isn't a data set's id on the hub: a path, or a builder of the datasets library, of which some unpickle files."""
+    from datasets import packaged_modules
+
+    builders = {*packaged_modules._PACKAGED_DATASETS_MODULES, "pandas", "cache", "generator", "sql", "spark"}
+    if name.lower() in builders:
+        raise PromptsError(
+            f'{key}: {name!r} is a reader of the datasets library and no data set: name a file beside the recipe ({key} = "prompts.jsonl"), or a data set as OWNER/NAME.'
+        )
+    if not HUB_ID.fullmatch(name) and not path_of(name).is_dir():
+        raise PromptsError(
+            f"{key}: {name[:200]!r} is neither a data set's id on the hub nor a folder here: name a file by its path alone, or a data set as OWNER/NAME."
+        )
 
 
 def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    check_dataset(source.dataset, key)
     try:
         rows = load_dataset(source.dataset, source.config, data_dir=source.folder, split=source.split)
     except (OSError, DatasetNotFoundError) as error:
@@ -120,7 +140,7 @@ def _hub_rows(source: HubPrompts, key: str) -> Iterable[tuple[int, Any]]:
                 f"{key}: the data set {source.dataset!r} has several configurations: set config to one of {names[1]}."
             ) from None
         raise PromptsError(
-            f"{key}: the data set {source.dataset!r} can't be read ({str(error).splitlines()[0]}): check its split, config and folder."
+            f"{key}: the data set {source.dataset!r} can't be read ({first_line(error)}): check its split, config and folder."
         ) from None
     for column in (source.column, source.category):
         if column is not None and column not in rows.column_names:

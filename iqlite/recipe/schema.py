@@ -19,8 +19,9 @@ from iqlite.method.objectives import OBJECTIVES
 from iqlite.recipe.faults import nearest
 
 Placement = Literal["auto", "system", "user"]
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1, max_length=100_000)]
+Most = 2**31 - 1  # of any count
+Count = Annotated[int, Field(ge=1, le=Most)]
 Auto = Literal["auto"]
 
 
@@ -99,7 +100,7 @@ class HubPrompts(Table):
     label: Literal["refuse", "answer"] | None = Field(
         None, description="What is right for all its rows, for the measure harmless; by default what the column label says."
     )
-    limit: int | None = Field(None, ge=1, description="Read at most this many rows.")
+    limit: int | None = Field(None, ge=1, le=Most, description="Read at most this many rows.")
 
 
 Source = Text | HubPrompts | tuple[Text | HubPrompts, ...]
@@ -115,8 +116,8 @@ class PromptSets(Table):
         None,
         description="Prompts on which the behaviour is not wanted: trained beside the others to stay as the base is; a quarter is held out.",
     )
-    eval_count: int = Field(16, ge=1, description="How many held-out prompts each evaluation during training answers.")
-    max_tokens: int = Field(1024, ge=16, description="Longer prompts are cut from the left to this many tokens.")
+    eval_count: int = Field(16, ge=1, le=Most, description="How many held-out prompts each evaluation during training answers.")
+    max_tokens: int = Field(1024, ge=16, le=Most, description="Longer prompts are cut from the left to this many tokens.")
 
 
 class Superior(Table):
@@ -158,11 +159,11 @@ class Objective(Table):
 class Rollouts(Table):
     """`[rollout]`: how the policy's own answers are sampled."""
 
-    prompts_per_step: int = Field(8, ge=1, description="Prompts answered in each step.")
+    prompts_per_step: int = Field(8, ge=1, le=Most, description="Prompts answered in each step.")
     contrary_per_step: Count | Auto = Field(
         "auto", description="Contrary prompts answered beside them in each step, where there are some; auto is half as many."
     )
-    max_new_tokens: int = Field(64, ge=1, description="Longest answer, tokens.")
+    max_new_tokens: int = Field(64, ge=1, le=Most, description="Longest answer, tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; 1 is what the method's gradients assume.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus truncation; 1 truncates nothing.")
     batch: Count | Auto = Field("auto", description="Answers decoded at once; auto is as many as memory has room for. Changes no result.")
@@ -171,7 +172,7 @@ class Rollouts(Table):
 class Train(Table):
     """`[train]`: the loop and the optimizer."""
 
-    steps: int | None = Field(None, ge=1, description="Steps to train; 20 if neither steps nor epochs is given.")
+    steps: int | None = Field(None, ge=1, le=Most, description="Steps to train; 20 if neither steps nor epochs is given.")
     epochs: float | None = Field(None, gt=0, le=10_000, description="Passes over the training prompts, instead of steps.")
     learning_rate: float = Field(3e-4, gt=0, le=1.0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "constant"] = Field(
@@ -182,7 +183,7 @@ class Train(Table):
     optimizer: Literal["auto", "adamw", "paged-adamw-8bit"] = Field(
         "auto", description="auto is float32 AdamW on a CPU and paged 8-bit AdamW on CUDA."
     )
-    updates_per_rollout: int = Field(1, ge=1, description="Updates made from each rollout.")
+    updates_per_rollout: int = Field(1, ge=1, le=Most, description="Updates made from each rollout.")
     batch_tokens: Count | Auto = Field(
         "auto", description="Tokens in one forward or backward pass; auto is as many as memory has room for. Changes no result."
     )
@@ -191,8 +192,8 @@ class Train(Table):
         "auto", description="Recompute activations in the backward pass; auto is on under CUDA."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter, the data order and the sampling.")
-    eval_every: int = Field(5, ge=1, description="Steps between evaluations on the held-out prompts.")
-    checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints to resume from.")
+    eval_every: int = Field(5, ge=1, le=Most, description="Steps between evaluations on the held-out prompts.")
+    checkpoint_every: int = Field(10, ge=1, le=Most, description="Steps between checkpoints to resume from.")
     until_converged: bool = Field(False, description="Stop when the held-out KL(policy‖superior) no longer falls.")
     max_kl_reference: float = Field(5.0, gt=0, description="Stop when the mean KL(policy‖reference), nats a token, exceeds this.")
 

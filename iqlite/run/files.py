@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iqlite.errors import RunError, first_line
-from iqlite.places import exists
+from iqlite.places import check_no_link, exists
 
 
 def json_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def check_place(path: Path, mark: str, *, force: bool) -> None:
     """RunError unless a new file or folder can be put at `path`: `force` replaces a file, or a folder that holds `mark`."""
     if path.name in ("", ".."):
         raise RunError(f"-o {path} is where you are, or above: name a folder or file of its own.")
+    check_no_link(path, "-o")
     if not exists(path):
         return
     if not force:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iqlite.places import usual_rights
 from iqlite.run.files import explained, json_numbers, lines_of, write_whole
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Journal:
                 shutil.rmtree(leftover, ignore_errors=True)
             making.mkdir(parents=True)
             write(making)
+            usual_rights(making)
             if folder.exists():
                 folder.rename(old)
             making.rename(folder)

@@ -18,7 +18,7 @@ import tomli_w
 from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError
-from iqlite.places import ENVIRONMENT, RECIPE, exists, is_run
+from iqlite.places import ENVIRONMENT, RECIPE, check_no_link, exists, is_run, path_of
 from iqlite.recipe.reading import load_recipe, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers, read_json
@@ -36,7 +36,7 @@ class RunDir(Journal):
     @classmethod
     def create(cls, path: Path, recipe: Recipe, environment: Mapping[str, Any], *, force: bool = False) -> RunDir:
         """Makes the folder with its recipe lock and environment; RunError if it can't be or exists without `force`."""
-        path = path.resolve() if path.is_dir() else path  # "." has no name to rename to
+        path = path if path.name or not path.is_dir() else path.resolve()  # "." has no name to rename to
         run = cls(path)
         with explained(path):
             check_replaceable(path, force=force)
@@ -147,6 +147,8 @@ def check_adapter_of(run: RunDir, adapter: Path) -> None:
 
 def check_replaceable(path: Path, *, force: bool) -> None:
     """RunError unless a new run can be put at `path`: where nothing is or, with `force`, where a run or an empty folder is."""
+    if path.name not in ("", ".."):
+        check_no_link(path, "--out")
     if not exists(path):
         return
     if not force:
@@ -166,7 +168,7 @@ def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(item) for item in value]
-        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+        return str(path_of(value, folder).resolve()) if isinstance(value, str) else value
 
     for table, keys in {
         "prompts": ("train", "eval", "outside", "contrary"),

@@ -25,6 +25,7 @@ from iqlite.machine.sizes import Sizes
 from iqlite.model.policy import Policy
 from iqlite.model.proof import is_proved
 from iqlite.model.template import Chat
+from iqlite.places import path_of
 from iqlite.recipe.prompts import hold_back, load_prompts, name_of
 from iqlite.recipe.schema import HubPrompts, Recipe
 from iqlite.records import Messages
@@ -162,11 +163,11 @@ def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     train, superior = recipe.train, recipe.superior
     checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
     if start is None and recipe.adapter.start is not None:
-        start = recipe.folder / Path(recipe.adapter.start).expanduser()
+        start = path_of(recipe.adapter.start, recipe.folder)
     policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=train.seed, start=start, checkpointing=checkpointing)
     for name in ("adapter", "unwanted_adapter"):
         if superior.estimator == "adapter" and getattr(superior, name) is not None:
-            policy.add_frozen(name, recipe.folder / Path(getattr(superior, name)).expanduser())
+            policy.add_frozen(name, path_of(getattr(superior, name), recipe.folder))
     if superior.weights == "ema":
         policy.add_ema()
     return policy

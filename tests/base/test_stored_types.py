@@ -217,7 +217,7 @@ def adapter(folder: Path, **config: Any) -> Path:
         "base_model_name_or_path": "owner/It",
     }
     (folder / "adapter_config.json").write_text(json.dumps(plain | config))
-    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    save_file({f"model.layers.0.q_proj.lora_{part}.weight": torch.zeros(4, 4) for part in "AB"}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -233,11 +233,33 @@ OWN = Identity("owner/it", "llama", 8, 8, 1, (0.0,))
         ({"init_lora_weights": "olora"}, "begun by olora"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "parameters that aren't linear maps"),
         ({"bias": "lora_only"}, "isn't a plain LoRA"),
+        ({"use_dora": True}, "is a DoRA"),
+        ({"init_lora_weights": "corda"}, "begun by corda"),
+        ({"a_key_of_next_year": {"x": 1}}, r"is more than a plain LoRA \(a_key_of_next_year\)"),
+        ({"r": "four"}, "names no rank"),
     ],
 )
 def test_adapters_with_parts_that_would_be_lost_are_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=said):
         check_adapter(adapter(tmp_path / "it", **config), OWN)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"m.lora_embedding_A": (4, 4), "m.lora_embedding_B": (4, 4)}, "holds m.lora_embedding_A, which is no pair of matrices"),
+        ({"m.lora_A.weight": (4, 4), "m.lora_B.weight": (4, 4), "m.lora_B.bias": (4,)}, "holds m.lora_B.bias"),
+        ({"m.lora_A.weight": (4, 4)}, "holds m.lora_A.weight"),
+        ({"c.lora_A.weight": (4, 4, 1, 1), "c.lora_B.weight": (4, 4, 1, 1)}, "holds c.lora_A.weight"),
+        ({}, "holds no weights"),
+    ],
+)
+def test_what_a_file_holds_beside_pairs_of_matrices_is_refused(tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    """Whatever its configuration says."""
+    folder = adapter(tmp_path / "it")
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=said):
+        check_adapter(folder, OWN)
 
 
 @pytest.mark.parametrize(
