@@ -47,10 +47,10 @@ def load_asked(path: Path) -> Prompts:
         return load_prompts(str(path), beside=Path(), key="--prompts")
     try:
         source = HubPrompts.model_validate(tomllib.loads(path.read_text("utf-8-sig")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PromptsError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error}).") from None
     except ValidationError as error:
         raise PromptsError(f"--prompts {path}: {explain(error, HubPrompts)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PromptsError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error}).") from None
     offline_without_network()
     return load_prompts(source, beside=path.parent, key=f"--prompts {path}")
 
