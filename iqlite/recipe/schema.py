@@ -44,6 +44,11 @@ class Model(Table):
         "auto", description="Whether the model thinks before it answers; auto: not, where its chat template leaves the choice."
     )
     embeddings: Literal["card", "host"] = Field("card", description="Where the embedding table is; host spares the card an untied one.")
+    backend: Literal["auto", "plain", "unsloth"] = Field(
+        "auto",
+        description="Whose code trains: transformers and PEFT with iqlite's own layers (plain), or unsloth's, which has to be installed; auto is "
+        "unsloth where it is installed, on a card, for a model that it has a fast path for. Only train asks: all else is plain.",
+    )
 
 
 class Adapter(Table):

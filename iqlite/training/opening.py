@@ -44,10 +44,11 @@ def open_session(
     say: Callable[[str], None] = lambda _: None,
     placement: str | None = None,
     must_fit: bool = False,
+    backend: str = "plain",
 ) -> Session:
     """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written.
 
-    `must_fit`: BaseError with advice if the memory model says that a step doesn't fit.
+    `must_fit`: BaseError with advice if the memory model says that a step doesn't fit. `backend`: "plain", or what `unsloth.prepare` said.
     """
     key = f"{recipe.path}: prompts."
     if _asks_the_hub(recipe):
@@ -79,10 +80,16 @@ def open_session(
 
     model = recipe.model
     base = load_base(
-        model.base, model.quantization, revision=model.revision, beside=recipe.folder, embeddings=model.embeddings, check=check
+        model.base,
+        model.quantization,
+        revision=model.revision,
+        beside=recipe.folder,
+        embeddings=model.embeddings,
+        backend=backend,
+        check=check,
     )
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id, recipe.model.thinking)
-    if not is_proved(base.model):
+    if not is_proved(base.model) or base.fused:
         say(f"checking on a few tokens that {base.name} can be trained")
     policy = _policy(recipe, base, start)
     notes = []
@@ -142,7 +149,9 @@ def environment(session: Session) -> dict[str, Any]:
     sets = [session.train.requests, session.eval.requests, *([session.contrary.requests] if session.contrary else [])]
     digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
     device = session.policy.device
-    packages = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+    packages: tuple[str, ...] = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+    if session.policy.base.backend == "unsloth":
+        packages = (*packages, "unsloth")
     return {
         "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
@@ -150,6 +159,7 @@ def environment(session: Session) -> dict[str, Any]:
         **({"thinking": session.chat.rendering.thinks} if session.chat.rendering.marks else {}),  # how a model that can think was asked
         "sizes": session.sizes.record(),
         "device": name_of_device(device),
+        "backend": session.policy.base.backend,
         "compute_dtype": str(session.policy.base.compute_dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "platform": platform.platform(),
