@@ -46,6 +46,7 @@ def play_a_card() -> None:
     import torch
 
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(name="none", total_memory=2**33, major=8, minor=0)
+    torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda *_: (8, 0)
     torch.cuda.mem_get_info = lambda *_: (2**33, 2**33)
     assert prepare("unsloth", "llama", card=False) == "unsloth"
