@@ -54,7 +54,17 @@ LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smal
 class Policy:
     """The base with its adapters, the optimizer's pinned parameters, and the head."""
 
-    def __init__(self, base: Base, *, rank: int, alpha: float, seed: int, start: Path | None = None, checkpointing: bool = False):
+    def __init__(
+        self,
+        base: Base,
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        start: Path | None = None,
+        checkpointing: bool = False,
+        offload: bool = False,
+    ):
         """Puts a fresh LoRA (B = 0, so the policy starts as the reference) or the adapter in `start` on the base's linear layers."""
         self.base = base
         anatomy = base.anatomy
@@ -86,6 +96,7 @@ class Policy:
             make_lean(self.model)
             if checkpointing:
                 recompute_layers(anatomy.layers)
+                self.forward.offload = offload
         self.model.train()
         self.notes: tuple[str, ...] = ()
         if bare is not None:

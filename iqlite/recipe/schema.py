@@ -192,8 +192,10 @@ class Train(Table):
         "auto", description="Tokens in one forward or backward pass; auto is as many as memory has room for. Changes no result."
     )
     chunk_tokens: Count | Auto = Field("auto", description="Response tokens that pass the LM head at once. Changes no result.")
-    checkpointing: Literal["auto", "on", "off"] = Field(
-        "auto", description="Recompute activations in the backward pass; auto is on under CUDA."
+    checkpointing: Literal["auto", "on", "off", "offload"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass; auto is on under CUDA. offload also keeps the layers' inputs in the "
+        "computer's memory meanwhile.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter, the data order and the sampling.")
     eval_every: int = Field(5, ge=1, description="Steps between evaluations on the held-out prompts.")

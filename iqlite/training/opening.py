@@ -170,10 +170,19 @@ def environment(session: Session) -> dict[str, Any]:
 def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     """The base with the trained adapter and what the estimator reads beside it."""
     train, superior = recipe.train, recipe.superior
-    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
+    offload = train.checkpointing == "offload"
+    checkpointing = offload or train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
     if start is None and recipe.adapter.start is not None:
         start = recipe.folder / Path(recipe.adapter.start).expanduser()
-    policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=train.seed, start=start, checkpointing=checkpointing)
+    policy = Policy(
+        base,
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        seed=train.seed,
+        start=start,
+        checkpointing=checkpointing,
+        offload=offload,
+    )
     for name in ("adapter", "unwanted_adapter"):
         if superior.estimator == "adapter" and getattr(superior, name) is not None:
             policy.add_frozen(name, recipe.folder / Path(getattr(superior, name)).expanduser())

@@ -45,10 +45,11 @@ def play_a_card() -> None:
     os.environ.update(UNSLOTH_ALLOW_CPU="1", TRITON_INTERPRET="1")
     import torch
 
-    torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(name="none", total_memory=2**33, major=8, minor=0)
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_capability = lambda *_: (8, 0)
-    torch.cuda.mem_get_info = lambda *_: (2**33, 2**33)
+    cuda: Any = torch.cuda
+    cuda.get_device_properties = lambda *_: types.SimpleNamespace(name="none", total_memory=2**33, major=8, minor=0)
+    cuda.current_device = lambda: 0
+    cuda.get_device_capability = lambda *_: (8, 0)
+    cuda.mem_get_info = lambda *_: (2**33, 2**33)
     assert prepare("unsloth", "llama", card=False) == "unsloth"
     from unsloth.models import llama
 
@@ -56,7 +57,7 @@ def play_a_card() -> None:
     llama.DEVICE_COUNT = OneSlot()
 
 
-def measured(folder: Path, backend: str, dtype: str = "float32") -> dict[str, object]:
+def measured(folder: Path, backend: str, dtype: str = "float32") -> dict[str, Any]:
     """Tensors by name, of a fresh policy and of one with random adapters."""
     import torch
 
@@ -67,7 +68,7 @@ def measured(folder: Path, backend: str, dtype: str = "float32") -> dict[str, ob
     from tests.helpers.tiny import shake
 
     if dtype != "float32":
-        loading.here = lambda: (torch.device("cpu"), getattr(torch, dtype))
+        vars(loading)["here"] = lambda: (torch.device("cpu"), getattr(torch, dtype))
     base = loading.load_base(str(folder), "none", backend=backend)
     with torch.no_grad():
         bare = base.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).logits[0].float()
@@ -94,7 +95,18 @@ def measured(folder: Path, backend: str, dtype: str = "float32") -> dict[str, ob
     sampler = Sampler(seed=3, max_new_tokens=12, temperature=1.0)
     with policy.acting_as("policy"):
         drawn = torch.full((3, 12), -1)
-        for at, (which, token) in enumerate(draw(policy.forward, {"plain": PROMPTS}, {"plain": HEAD}, lambda s: policy.head(s["plain"]), [3, 4, 5, 6, 7], sampler, 0, [0, 1, 2])):
+        for at, (which, token) in enumerate(
+            draw(
+                policy.forward,
+                {"plain": PROMPTS},
+                {"plain": HEAD},
+                lambda s: policy.head(s["plain"]),
+                [3, 4, 5, 6, 7],
+                sampler,
+                0,
+                [0, 1, 2],
+            )
+        ):
             drawn[which, at] = token
     found["drawn"] = drawn
     weights = torch.randn(3, 4, base.anatomy.head.in_features, generator=torch.Generator().manual_seed(0))
@@ -108,7 +120,7 @@ def measured(folder: Path, backend: str, dtype: str = "float32") -> dict[str, ob
     return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
-def storages(model: object) -> int:
+def storages(model: Any) -> int:
     """Bytes of a model's parameters, each storage once."""
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
 
