@@ -44,10 +44,15 @@ def plain(base: Path) -> dict[str, Any]:
     return measured(base, "plain")
 
 
-@pytest.fixture(scope="module")
-def through_it(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("cpu")
-    child("tests.helpers.unsloth_contract", base, folder / "found.safetensors", "cpu", folder=folder)
+FORWARDS = "IQLITE_UNSLOTH_FORWARDS" in os.environ  # Triton's interpreter takes minutes over them
+
+
+@pytest.fixture(scope="module", params=["cpu", "fused"])
+def through_it(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    if request.param == "fused" and not FORWARDS:
+        pytest.skip("its CUDA forwards take minutes in Triton's interpreter: set IQLITE_UNSLOTH_FORWARDS")
+    folder = tmp_path_factory.mktemp(request.param)
+    child("tests.helpers.unsloth_contract", base, folder / "found.safetensors", request.param, folder=folder)
     assert [path.name for path in folder.iterdir()] == ["found.safetensors"]
     found: dict[str, torch.Tensor] = load_file(folder / "found.safetensors")
     return found
