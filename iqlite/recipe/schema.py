@@ -47,7 +47,7 @@ class Model(Table):
     backend: Literal["auto", "plain", "unsloth"] = Field(
         "auto",
         description="Whose code trains: transformers and PEFT with iqlite's own layers (plain), or unsloth's, which has to be installed; auto is "
-        "unsloth where it is installed, on a card, for a model that it has a fast path for. Only train asks: all else is plain.",
+        "unsloth where it is installed, on a card, for a model that it has a fast path for; only train asks, all else is plain.",
     )
 
 
@@ -194,7 +194,7 @@ class Train(Table):
     chunk_tokens: Count | Auto = Field("auto", description="Response tokens that pass the LM head at once. Changes no result.")
     checkpointing: Literal["auto", "on", "off", "offload"] = Field(
         "auto",
-        description="Recompute activations in the backward pass; auto is on under CUDA. offload also keeps the layers' inputs in the "
+        description="Recompute activations in the backward pass; auto is on under CUDA; offload also keeps the layers' inputs in the "
         "computer's memory meanwhile.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter, the data order and the sampling.")
