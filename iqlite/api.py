@@ -81,6 +81,7 @@ def begin(
     listener = listener or Quiet()
     path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
     existing = _existing(path, resume=resume, force=force)  # what can't be is said before torch is imported
+    backend = _backend(recipe)
 
     from iqlite.aim.look import WRONG
     from iqlite.machine.sizes import within_memory
@@ -88,7 +89,7 @@ def begin(
 
     placement = existing.environment()["placement"] if existing else None
     with within_memory(recipe, "with --set, and start again with --force"):
-        session = open_session(recipe, say=listener.note, placement=placement, must_fit=not (force or resume))
+        session = open_session(recipe, say=listener.note, placement=placement, must_fit=not (force or resume), backend=backend)
     found = environment(session)
     check_space(path, ADAPTERS_ON_DISK * 4 * session.policy.size)
     if existing:
@@ -100,6 +101,21 @@ def begin(
     if seen:
         run.write(AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
     return session, run
+
+
+def _backend(recipe: Recipe) -> str:
+    """Whose code trains. unsloth is imported here, before transformers and PEFT, which it changes."""
+    from iqlite.base import unsloth
+
+    asked, model = recipe.model.backend, recipe.model
+    if asked == "plain" or (asked == "auto" and not unsloth.installed()):
+        return "plain"
+    import torch
+
+    from iqlite.base.names import shape_of
+
+    kind = shape_of(model.base, recipe.folder, model.revision).model_type
+    return unsloth.prepare(asked, kind, card=torch.cuda.is_available())
 
 
 def train(

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from iqlite.base import unsloth
 from iqlite.base.anatomy import FAULTS, Anatomy, auto_class
 from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
@@ -32,7 +33,7 @@ from iqlite.errors import BaseError, first_line
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen base in memory. `name` is what the recipe calls it."""
+    """The frozen base in memory. `name` is what the recipe calls it, `backend` whose code loaded it."""
 
     name: str
     model: Any
@@ -40,11 +41,17 @@ class Base:
     compute_dtype: torch.dtype
     quantization: str
     identity: Identity
+    backend: str = "plain"
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """Its parts; of the bare model, so first asked for before adapters stand on it."""
         return Anatomy.of(self.model, self.name)
+
+    @property
+    def fused(self) -> bool:
+        """True if unsloth's own forwards read it; on a machine without a card it leaves transformers' in place."""
+        return self.backend == "unsloth" and unsloth.is_fused()
 
     @property
     def device(self) -> torch.device:
@@ -64,11 +71,13 @@ def load_base(
     revision: str | None = None,
     beside: Path = Path(),
     embeddings: str = "card",
+    backend: str = "plain",
     check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Base:
     """Loads `name` (relative paths are looked up in `beside`); BaseError says in one sentence why it can't be had.
 
-    `check` sees the configuration before any weights are read, and raises what speaks against them.
+    `check` sees the configuration before any weights are read, and raises what speaks against them. `backend` is "plain", or "unsloth" once
+    `unsloth.prepare` has said so.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
@@ -99,7 +108,11 @@ def load_base(
         options["device_map"] = {"": device.index}
     tokenizer = read_tokenizer(source, name, revision)
     try:
-        model, found = loader.from_pretrained(source, output_loading_info=True, **options)
+        if backend == "unsloth":
+            model, missing = unsloth.load(source, revision, quantization, dtype, device, context_of(config))
+        else:
+            model, found = loader.from_pretrained(source, output_loading_info=True, **options)
+            missing = found["missing_keys"]
     except OSError as error:
         raise BaseError(explain(name, error, local=Path(source).is_dir())) from None
     except torch.OutOfMemoryError:
@@ -107,9 +120,8 @@ def load_base(
         raise BaseError(f"base {name!r} doesn't fit this card's {free:.1f} GiB; choose a smaller base or quantization = \"nf4\".") from None
     except (*FAULTS, SafetensorError) as error:
         raise BaseError(f"base {name!r} can't be loaded: {first_line(error)}; download it again, or choose another base.") from None
-    if found["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(found["missing_keys"])
-        raise BaseError(f"base {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again.")
+    if missing:  # transformers would fill them with random numbers
+        raise BaseError(f"base {name!r} lacks {len(missing)} of its weights, such as {min(missing)}; download it again.")
     model.requires_grad_(False)
     train_on_any_cpu(model)
     if embeddings == "host":
@@ -117,7 +129,8 @@ def load_base(
     if quantization == "nf4":
         let_go_of_files(model)
     anatomy = Anatomy.of(model, name)
-    return Base(name, model, tokenizer, dtype, quantization, Identity.of(name, anatomy.config, anatomy.norm, anatomy.head.weight))
+    identity = Identity.of(name, anatomy.config, anatomy.norm, anatomy.head.weight)
+    return Base(name, model, tokenizer, dtype, quantization, identity, backend)
 
 
 def read_tokenizer(source: str, name: str, revision: str | None = None) -> Any:

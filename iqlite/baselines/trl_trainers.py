@@ -7,6 +7,7 @@ pairs; SDFT distils the prompted base into the policy's own answers. What SFT an
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ DPO_RATE = 1 / 6  # of the recipe's learning rate, which is made for the token-l
 
 
 def check_trl() -> None:
-    """RunError unless TRL is installed."""
+    """RunError unless TRL is installed, as its makers wrote it."""
+    if "unsloth" in sys.modules:
+        raise RunError("unsloth has changed TRL's trainers in this process: train baselines in another one, with iqlite compare.")
     try:
         import trl  # noqa: F401
     except ImportError:

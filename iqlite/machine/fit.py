@@ -51,6 +51,7 @@ Change = tuple[str, Callable[[Work], Work]]
 LEAST_HARM: tuple[Change, ...] = (
     ('model.embeddings = "host"', lambda work: replace(work, on_card=False)),
     ('train.checkpointing = "on"', lambda work: replace(work, checkpointing=True)),
+    ('train.checkpointing = "offload"', lambda work: replace(work, checkpointing=True, offload=work.device == "cuda")),
     ('train.optimizer = "paged-adamw-8bit"', lambda work: replace(work, optimizer="paged-adamw-8bit")),
     ('superior.weights = "base"', lambda work: replace(work, ema=False)),
     ('model.quantization = "nf4"', lambda work: replace(work, quantization="nf4")),
@@ -74,10 +75,12 @@ def advice(shape: Shape, work: Work, free: float, given: Widths | None = None) -
     for change, apply in ((("the widths at auto", lambda work: work),) if given else ()) + LEAST_HARM:
         if plan.peak <= free:
             break
-        if (work.device == "cpu" and ("8bit" in change or "host" in change)) or (shape.tied and "host" in change):
+        if (work.device == "cpu" and any(word in change for word in ("8bit", "host", "offload"))) or (shape.tied and "host" in change):
             continue
         tried = choose(shape, apply(work), free)
         if tried.peak < plan.peak:
+            if "checkpointing" in change:  # offload takes the place of on
+                chosen = [other for other in chosen if "checkpointing" not in other]
             chosen.append(change)
             work, plan = apply(work), tried
     return chosen, plan

@@ -54,6 +54,7 @@ class Work:
     readings: int
     optimizer: str
     checkpointing: bool
+    offload: bool = False  # the layers' inputs wait in the computer's memory
 
     @classmethod
     def of(cls, recipe: Recipe, shape: Shape, device: str) -> Work:
@@ -76,7 +77,8 @@ class Work:
             new_tokens=rollout.max_new_tokens,
             readings=readings,
             optimizer={"cuda": "paged-adamw-8bit", "cpu": "adamw"}[device] if train.optimizer == "auto" else train.optimizer,
-            checkpointing=device == "cuda" if train.checkpointing == "auto" else train.checkpointing == "on",
+            checkpointing=device == "cuda" if train.checkpointing == "auto" else train.checkpointing != "off",
+            offload=train.checkpointing == "offload" and device == "cuda",
         )
 
     @property
@@ -170,13 +172,18 @@ def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
 def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     tokens = min(max(widths.update_tokens, work.longest), work.prompts * work.longest)
     saved = _saved(shape, work)
-    layer_inputs = tokens * shape.hidden * work.bytes * shape.layers
+    layer_inputs = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
     return {
         "activations": float(layer_inputs + tokens * saved) if work.checkpointing else float(tokens * saved * shape.layers),
         "logits chunk": 4.0 * CHUNK_COPIES * min(widths.chunk_tokens, work.prompts * work.new_tokens) * shape.vocabulary,
         "gradients": 4.0 * shape.adapter_parameters(work.rank),
         "dequantised weights": _dequantised(shape, work),
     }
+
+
+def offloaded(shape: Shape, work: Work, tokens: int) -> float:
+    """Bytes of the layers' inputs of so many tokens, which recomputing starts from."""
+    return float(tokens * shape.hidden * work.bytes * shape.layers)
 
 
 def _passing(shape: Shape, work: Work) -> float:

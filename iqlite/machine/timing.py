@@ -16,12 +16,13 @@ from typing import Any
 
 from iqlite.base.shape import Shape
 from iqlite.errors import RecipeError
-from iqlite.machine.memory import Widths, Work
+from iqlite.machine.memory import Widths, Work, offloaded
 from iqlite.places import cache_folder
 from iqlite.recipe.schema import Recipe
 
 BENCH_FILE = "bench.json"
 REACHED = {"decode": 0.5, "read": 0.4, "update": 0.35}  # shares of a data sheet's figures that libraries reach; our choice, not measured
+TO_HOST = 12e9  # bytes a second between a card and the computer's memory: PCIe 4.0 at half its lanes' rate; our choice, not measured
 DEQUANTISED = 0.5 + 2 * 2  # bytes a weight and pass: 4 bits read, 16 bits written and read again
 KINDS = frozenset(
     ["ti", "super", "laptop", "mobile", "max", "q", "d"]
@@ -141,7 +142,9 @@ def seconds_of_step(shape: Shape, work: Work, widths: Widths, rates: Rates, prom
     """Seconds of one step: rollout, readings and update. Rows are reckoned for the longest prompts: shorter ones decode wider."""
     rows = max(widths.rows, widths.rows * work.longest // (prompt_tokens + work.new_tokens))
     needed = work_of_step(shape, work, replace(widths, rows=rows), prompt_tokens)
-    return needed["decode"] / rates.decode + needed["read"] / rates.read + needed["update"] / rates.update
+    tokens = work.prompts * (prompt_tokens + work.new_tokens)
+    moved = 2 * offloaded(shape, work, tokens) / TO_HOST if work.offload else 0.0  # there and back
+    return needed["decode"] / rates.decode + needed["read"] / rates.read + needed["update"] / rates.update + moved
 
 
 def typical_prompt(recipe: Recipe, longest: int) -> int:

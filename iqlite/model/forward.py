@@ -10,10 +10,12 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from iqlite.base.anatomy import Anatomy, numbers
@@ -33,6 +35,7 @@ class Forward:
         self.decoder, self.config, self.layers = anatomy.decoder, anatomy.config, anatomy.layers
         self.device, self.reader, self.moving = device, reader, moving
         self.plain = keeps_keys_only(anatomy.config)
+        self.offload = False  # what autograd keeps of a read, the layers' inputs under checkpointing, waits in the computer's memory
         self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
         # Left padding between a shared prefix and a shorter row's tokens adds to the distance that a window of attention counts.
         self._window: float = min((size for key in WINDOWS for size in numbers(anatomy.config, key)), default=math.inf)
@@ -57,19 +60,21 @@ class Forward:
         longest = max(map(len, rows))
         ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         cache = before_rows(begun)
-        if cache is None:
-            hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
-        else:
-            done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
-            before = int(done_B.max())
-            real_BL = torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None]
-            hidden_BLD = self.decoder(
-                input_ids=ids_BL,
-                attention_mask=real_BL,
-                position_ids=done_B[:, None] + torch.arange(longest, device=self.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+        elsewhere = self.offload and torch.is_grad_enabled()
+        with save_on_cpu(pin_memory=self.device.type == "cuda") if elsewhere else nullcontext():
+            if cache is None:
+                hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+            else:
+                done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
+                before = int(done_B.max())
+                real_BL = torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None]
+                hidden_BLD = self.decoder(
+                    input_ids=ids_BL,
+                    attention_mask=real_BL,
+                    position_ids=done_B[:, None] + torch.arange(longest, device=self.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
         batch = []
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             start = begun[row]

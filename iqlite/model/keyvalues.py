@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 @dataclass(frozen=True)
@@ -156,4 +157,9 @@ class OwnCache(DynamicCache):  # type: ignore[misc]
 
 def keeps_keys_only(config: Any) -> bool:
     """False if transformers' cache for a model has layers that keep anything but keys and values of each token."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in DynamicCache(config=config).layers)
+    keys_only = (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        getattr(cache_utils, "DummyLayer", DynamicLayer),
+    )  # the last since transformers 5.20
+    return all(type(layer) in keys_only for layer in DynamicCache(config=config).layers)

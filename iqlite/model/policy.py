@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from torch import Tensor
 
+from iqlite.base import unsloth
 from iqlite.base.anatomy import auto_class
 from iqlite.base.identity import check_adapter
 from iqlite.base.loading import Base
@@ -26,7 +27,8 @@ from iqlite.model.forward import Forward, recompute_layers
 from iqlite.model.head import Head
 from iqlite.model.linear import folded as into_one
 from iqlite.model.linear import make_lean
-from iqlite.model.proof import Bare, is_proved, prove
+from iqlite.model.proof import Bare, is_proved, prove, prove_training
+from iqlite.model.tuples import TupleForward
 
 LOADING = """\
 # A LoRA adapter of {base}
@@ -52,16 +54,27 @@ LOSS_SCALE_FLOAT16 = 1024.0  # keeps hidden-state gradients above float16's smal
 class Policy:
     """The base with its adapters, the optimizer's pinned parameters, and the head."""
 
-    def __init__(self, base: Base, *, rank: int, alpha: float, seed: int, start: Path | None = None, checkpointing: bool = False):
+    def __init__(
+        self,
+        base: Base,
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        start: Path | None = None,
+        checkpointing: bool = False,
+        offload: bool = False,
+    ):
         """Puts a fresh LoRA (B = 0, so the policy starts as the reference) or the adapter in `start` on the base's linear layers."""
         self.base = base
         anatomy = base.anatomy
         self.head = Head.of(anatomy)
         self.device: torch.device = base.device
-        bare = None if is_proved(base.model) else Bare.of(base)
+        proved = is_proved(base.model)
+        bare = None if proved and not base.fused else Bare.of(base)
         if start is None:
             # "all-linear" would also adapt what stands beside the decoder, and experts.
-            targets = "all-linear" if bare is None else list(anatomy.linear_maps(base.model))
+            targets = "all-linear" if proved else list(anatomy.linear_maps(base.model))
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
             with torch.random.fork_rng():
                 torch.manual_seed(seed)  # LoRA's A is drawn while the adapter is attached
@@ -70,20 +83,29 @@ class Policy:
             check_adapter(start, base.identity)
             with _fitting(start, base):
                 self.model = PeftModel.from_pretrained(base.model, str(start), adapter_name=TRAINED, is_trainable=True)
+        if base.fused:
+            unsloth.fuse(self.model, base.device, checkpointing=checkpointing)
         self.model.peft_config[TRAINED].base_model_name_or_path = hub_name(base.name)
         without_dropout(self.model)
         self.parameters: dict[str, torch.nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss_scale = LOSS_SCALE_FLOAT16 if base.compute_dtype == torch.float16 else 1.0
         self._role: str | None = None
-        self.forward = Forward(anatomy, base.device, lambda: self._role or "", lambda: self._role in MOVING)
-        make_lean(self.model)
-        if checkpointing:
-            recompute_layers(anatomy.layers)
+        forward = TupleForward if base.fused else Forward
+        self.forward = forward(anatomy, base.device, lambda: self._role or "", lambda: self._role in MOVING)
+        if not base.fused:
+            make_lean(self.model)
+            if checkpointing:
+                recompute_layers(anatomy.layers)
+                self.forward.offload = offload
         self.model.train()
         self.notes: tuple[str, ...] = ()
         if bare is not None:
             with self.acting_as("reference"):
                 self.notes = prove(base, bare, self.head, self.forward)
+        if bare is not None and base.fused:
+            with self.acting_as("policy"):
+                read = self.forward.hidden_states(*bare.rows())
+            prove_training(base, read, self.forward.hidden_states(*bare.rows()), self.parameters)
 
     @property
     def rank(self) -> int:

@@ -61,6 +61,10 @@ class Bare:
             hook.remove()
         return cls(ids, states_LD, logits_LV)
 
+    def rows(self) -> tuple[list[list[int]], list[list[int]], int]:
+        """Two rows of unequal length and their answers, and how wide those are."""
+        return [self.ids[:8], self.ids[:5]], [self.ids[8:], self.ids[5:8]], 4
+
 
 def prove(base: Base, bare: Bare, head: Head, forward: Forward) -> tuple[str, ...]:
     """Holds head and forward, the adapters off, against `bare`; changes to transformers' own cache where plain keys and values don't do.
@@ -80,13 +84,28 @@ def prove(base: Base, bare: Bare, head: Head, forward: Forward) -> tuple[str, ..
     return (f"{base.name} has layers that keep more than keys and values: each row is read whole, which is slower than sharing prefixes.",)
 
 
+def prove_training(base: Base, evaluated_BTD: Tensor, trained_BTD: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Holds what the policy reads in training against what it reads in evaluation, and that each adapter gets a gradient from it.
+
+    For another maker's forwards: they may drop masks, or recompute what nothing flows back through. BaseError says what is wrong.
+    """
+    if _apart(trained_BTD, evaluated_BTD, base.compute_dtype):
+        raise BaseError(_sentence(base, "in training it reads something else than in evaluation"))
+    trained_BTD.float().square().sum().backward()  # type: ignore[no-untyped-call]
+    reached = [name for name, parameter in parameters.items() if parameter.grad is not None and bool(parameter.grad.any())]
+    for parameter in parameters.values():
+        parameter.grad = None
+    if lacking := [name for name in parameters if "lora_B" in name and name not in reached]:  # A has none while B is 0
+        raise BaseError(_sentence(base, f"no gradient reaches {len(lacking)} of its adapters"))
+
+
 def _differs(forward: Forward, bare: Bare, vocabulary: int, dtype: torch.dtype) -> str | None:
     """What of the ways to read and decode gives other states than the bare model; None if none does."""
     ids = bare.ids
-    rows, answers = [ids[:8], ids[:5]], [ids[8:], ids[5:8]]
+    rows, answers, width = bare.rows()
     wanted = [bare.states_LD[7 : TOKENS - 1], bare.states_LD[4:7]]
     try:
-        alone = forward.hidden_states(rows[:1], answers[:1], 4)[0]
+        alone = forward.hidden_states(rows[:1], answers[:1], width)[0]
         if _apart(alone, wanted[0], dtype):
             return "with the adapters off it isn't the bare model"
         ways: tuple[tuple[list[list[int]], str], ...] = (
@@ -94,7 +113,7 @@ def _differs(forward: Forward, bare: Bare, vocabulary: int, dtype: torch.dtype) 
             ([ids[:3]] * 2, "a prefix that rows share changes them"),
         )
         for shared, fault in ways if forward.plain else ways[:1]:
-            together = forward.hidden_states(rows, answers, 4, shared)
+            together = forward.hidden_states(rows, answers, width, shared)
             if _apart(together[0], wanted[0], dtype) or _apart(together[1][:3], wanted[1], dtype):
                 return fault
             for found, right in zip(_decoded(forward, rows, answers, shared[0] if shared else (), vocabulary), wanted, strict=True):

@@ -45,6 +45,11 @@ class Model(Table):
         "auto", description="Whether the model thinks before it answers; auto: not, where its chat template leaves the choice."
     )
     embeddings: Literal["card", "host"] = Field("card", description="Where the embedding table is; host spares the card an untied one.")
+    backend: Literal["auto", "plain", "unsloth"] = Field(
+        "auto",
+        description="Whose code trains: transformers and PEFT with iqlite's own layers (plain), or unsloth's, which has to be installed; auto is "
+        "unsloth where it is installed, on a card, for a model that it has a fast path for; only train asks, all else is plain.",
+    )
 
 
 class Adapter(Table):
@@ -188,8 +193,10 @@ class Train(Table):
         "auto", description="Tokens in one forward or backward pass; auto is as many as memory has room for. Changes no result."
     )
     chunk_tokens: Count | Auto = Field("auto", description="Response tokens that pass the LM head at once. Changes no result.")
-    checkpointing: Literal["auto", "on", "off"] = Field(
-        "auto", description="Recompute activations in the backward pass; auto is on under CUDA."
+    checkpointing: Literal["auto", "on", "off", "offload"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass; auto is on under CUDA; offload also keeps the layers' inputs in the "
+        "computer's memory meanwhile.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter, the data order and the sampling.")
     eval_every: int = Field(5, ge=1, le=Most, description="Steps between evaluations on the held-out prompts.")

@@ -45,10 +45,11 @@ def open_session(
     say: Callable[[str], None] = lambda _: None,
     placement: str | None = None,
     must_fit: bool = False,
+    backend: str = "plain",
 ) -> Session:
     """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written.
 
-    `must_fit`: BaseError with advice if the memory model says that a step doesn't fit.
+    `must_fit`: BaseError with advice if the memory model says that a step doesn't fit. `backend`: "plain", or what `unsloth.prepare` said.
     """
     key = f"{recipe.path}: prompts."
     if _asks_the_hub(recipe):
@@ -80,10 +81,16 @@ def open_session(
 
     model = recipe.model
     base = load_base(
-        model.base, model.quantization, revision=model.revision, beside=recipe.folder, embeddings=model.embeddings, check=check
+        model.base,
+        model.quantization,
+        revision=model.revision,
+        beside=recipe.folder,
+        embeddings=model.embeddings,
+        backend=backend,
+        check=check,
     )
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id, recipe.model.thinking)
-    if not is_proved(base.model):
+    if not is_proved(base.model) or base.fused:
         say(f"checking on a few tokens that {base.name} can be trained")
     policy = _policy(recipe, base, start)
     notes = []
@@ -143,7 +150,9 @@ def environment(session: Session) -> dict[str, Any]:
     sets = [session.train.requests, session.eval.requests, *([session.contrary.requests] if session.contrary else [])]
     digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
     device = session.policy.device
-    packages = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+    packages: tuple[str, ...] = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+    if session.policy.base.backend == "unsloth":
+        packages = (*packages, "unsloth")
     return {
         "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
@@ -151,6 +160,7 @@ def environment(session: Session) -> dict[str, Any]:
         **({"thinking": session.chat.rendering.thinks} if session.chat.rendering.marks else {}),  # how a model that can think was asked
         "sizes": session.sizes.record(),
         "device": name_of_device(device),
+        "backend": session.policy.base.backend,
         "compute_dtype": str(session.policy.base.compute_dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -161,10 +171,19 @@ def environment(session: Session) -> dict[str, Any]:
 def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     """The base with the trained adapter and what the estimator reads beside it."""
     train, superior = recipe.train, recipe.superior
-    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
+    offload = train.checkpointing == "offload"
+    checkpointing = offload or train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
     if start is None and recipe.adapter.start is not None:
         start = path_of(recipe.adapter.start, recipe.folder)
-    policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=train.seed, start=start, checkpointing=checkpointing)
+    policy = Policy(
+        base,
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        seed=train.seed,
+        start=start,
+        checkpointing=checkpointing,
+        offload=offload,
+    )
     for name in ("adapter", "unwanted_adapter"):
         if superior.estimator == "adapter" and getattr(superior, name) is not None:
             policy.add_frozen(name, path_of(getattr(superior, name), recipe.folder))

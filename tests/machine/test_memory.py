@@ -109,6 +109,9 @@ def test_every_term_grows_with_what_it_is_made_of() -> None:
     )
     plain = estimate(shape, replace(work, checkpointing=False), widths).phases["update"]["activations"]
     assert plain > 5 * plan.phases["update"]["activations"]
+    offload = estimate(shape, replace(work, offload=True), widths).phases["update"]["activations"]
+    inputs = 2048 * 4096 * 2 * 32  # tokens, hidden size, bytes and layers of a Llama 7B; two layers' stay on the card
+    assert plan.phases["update"]["activations"] - offload == inputs - inputs / 16
     assert set(plan.phases) == set(PHASES)
     assert plan.peak == max(plan.total(phase) for phase in PHASES)
 

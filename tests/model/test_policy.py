@@ -99,6 +99,7 @@ def test_checkpointing_and_micro_batches_don_t_change_the_gradients(make_session
     assert sum(float(g.abs().sum()) for g in plain.values()) > 0
     for other in (
         {"checkpointing": "on"},
+        {"checkpointing": "offload"},
         {"batch_tokens": 1},
         {"batch_tokens": 150, "chunk_tokens": 2},
         {"checkpointing": "on", "batch_tokens": 100},

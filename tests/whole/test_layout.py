@@ -99,5 +99,5 @@ def test_the_root_holds_only_what_tools_ask_for() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout: nothing says which files are ours")
-    expected = {"iqlite", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "docs", ".ci", ".gitignore", "CONTRIBUTING.md", "SECURITY.md", ".github", ".pre-commit-config.yaml"}  # fmt: skip
+    expected = {"iqlite", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "constraints-unsloth.txt", "docs", ".ci", ".gitignore", "CONTRIBUTING.md", "SECURITY.md", ".github", ".pre-commit-config.yaml"}  # fmt: skip
     assert {line.split("/")[0] for line in listed.stdout.split()} == expected
