@@ -16,13 +16,12 @@ from rich.text import Text
 
 from iqlite.chat.speaker import Speaker
 from iqlite.errors import IqliteError, RecipeError, RunError
-from iqlite.model.sampling import Sampler
+from iqlite.model.sampling import SPOKEN_TOP_P, Sampler
 from iqlite.places import cache_folder, exists
 from iqlite.records import Messages
 from iqlite.terminal import WordWrap, clean, harmless, painted
 
 HISTORY = "chat-history"
-TOP_P = 0.9
 WHY_NOT = {"policy": "give a run, or --adapter DIR.", "superior": "give a recipe or a run.", "base": ""}
 WHY = {
     "described": "what the description rewards, log π̃/π_ref",
@@ -129,7 +128,7 @@ class Conversation:
         self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None, *, own: bool = False
     ) -> tuple[str, bool]:
         """Streams one answer to the last question and keeps it; (text, whether it ended by itself). `own`: it reads its own answers only."""
-        sampler = Sampler(self.seed, self.tokens, self.temperature, TOP_P, "chat")
+        sampler = Sampler(self.seed, self.tokens, self.temperature, SPOKEN_TOP_P, "chat")
         *before, asked = self.exchanges
         turns: Messages = (*self.turns(voice, before, own=own), {"role": "user", "content": asked.question})
         turns = self.speaker.shortened(turns, self.tokens)

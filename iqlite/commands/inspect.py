@@ -106,7 +106,7 @@ def inspect(
                 raise RunError(f"{run.path} has no samples yet: leave --samples out to draw some.")
         else:
             with counting(console, "answering held-out prompts") as bar:
-                task = bar.add_task("", total=count * (2 if run else 1))
+                task = bar.add_task("", total=2 * count)
                 given = held_out(session, run, count, which, lambda rows: bar.advance(task, rows))
         with counting(console, "reading answers") as bar:
             task = bar.add_task("", total=len(given))

@@ -44,7 +44,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Heat:
-    """An answer, token by token. `who` gave it: "before" is the bare base, "after" the trained policy, "text" somebody else."""
+    """An answer, token by token. `who` gave it: "before" is the bare base, "after" the trained policy, "target" the superior policy itself, "text" somebody else."""
 
     prompt: str
     who: str

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iqlite.showing.aggregates import Aggregates, Ranked
-from iqlite.showing.gathering import AFTER, BEFORE, pairs
+from iqlite.showing.gathering import AFTER, BEFORE, TARGET, pairs
 from iqlite.showing.heat import ROLES, Heat
 from iqlite.terminal import clean, painted, spark, table
 
@@ -20,7 +20,7 @@ WORDS = {
     "trained": "what training changed, log π_θ/π_ref",
     "reward": "what a training step would reward now, log π̃/π_θ (equation 4)",
 }
-WHO = {BEFORE: "before (the base)", AFTER: "after training", "text": "the text"}
+WHO = {BEFORE: "before (the base)", AFTER: "after training", TARGET: "the target (superior policy)", "text": "the text"}
 SIDE_BY_SIDE = 100  # columns of a terminal that has room for two answers beside each other
 SHORT = {"policy": "π_θ", "reference": "π_ref", "superior": "π̃"}
 
