@@ -63,7 +63,9 @@ def painted(pieces: Sequence[str], values: Sequence[float], colours: str | None)
 
     With 16 colours there are two shades; without any, a token in question stands as {++so}, {+so}, {-so} or {--so}.
     """
-    most = max(0.5, sorted(abs(v) for v in values)[int(0.9 * (len(values) - 1))]) if values else 0.5  # one outlier doesn't darken all others
+    most = (
+        max(0.5, sorted(abs(v) for v in values)[int(0.9 * (len(values) - 1))]) if values else 0.5
+    )  # one outlier doesn't darken all others
     text = Text()
     for piece, value in zip(pieces, values, strict=True):
         share, shown = min(1.0, abs(value) / most), harmless(piece)

@@ -17,7 +17,6 @@ from iqlite.terminal import clean, counting
 from iqlite.terminal import console as terminal
 
 if TYPE_CHECKING:
-    from iqlite.run.rundir import RunDir
     from iqlite.showing.heat import Heat, Shift
     from iqlite.training.session import Session
 
@@ -44,9 +43,12 @@ def inspect(
     target: Annotated[Path, typer.Argument(metavar="RECIPE | RUN", help="A recipe, its name, or a run.")],
     text: Annotated[str | None, typer.Option(help="Look at this text, as an answer to --prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Look at the model's own answer to this prompt.")] = None,
-    samples: Annotated[bool, typer.Option("--samples", help="Look at the answers that training kept, of its first and last evaluation.")] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Look at the answers that training kept, of its first and last evaluation.")
+    ] = False,
     by: Annotated[
-        By, typer.Option(help="What colours and ranks: what the description rewards, what training changed, or the reward of a training step.")
+        By,
+        typer.Option(help="What colours and ranks: what the description rewards, what training changed, or the reward of a training step."),
     ] = By.described,
     count: Annotated[int, typer.Option(min=1, help="How many held-out prompts are answered.")] = 16,
     show: Annotated[int, typer.Option(min=0, help="How many of the prompts are printed with their answers.")] = 3,

@@ -64,6 +64,8 @@ def chart(title: str, what: str, series: Sequence[Series]) -> Chart | None:
     most = max(20, min(MOST, MOST_OF_ALL // len(kept)))
     lines = [(name, f"s{n % COLOURS} d{n // COLOURS % 3}", downsampled(points, most)) for n, (name, points) in enumerate(kept)]
     xs, ys = [x for _, _, points in lines for x, _ in points], [y for _, _, points in lines for _, y in points]
+    if min(ys) < 0 <= max(ys) + min(ys) and -min(ys) < 1e-3 * max(ys):  # a divergence that rounding has made negative
+        ys = [max(0.0, y) for y in ys]
     x_ticks, y_ticks = ticks(min(xs), max(xs), 5, whole=True), ticks(min(ys), max(ys), 4)
     x0, x1 = min(xs[0], x_ticks[0], min(xs)), max(x_ticks[-1], max(xs))
     y0, y1 = y_ticks[0], y_ticks[-1]
@@ -81,7 +83,9 @@ def chart(title: str, what: str, series: Sequence[Series]) -> Chart | None:
     for tick in x_ticks:
         x, _ = at(tick, y0)
         anchor = "end" if x > WIDTH - RIGHT - 16 else "middle"
-        drawn.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, HEIGHT - 8, anchor, f"{tick:,.0f}"))
+        drawn.append(
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, HEIGHT - 8, anchor, f"{tick:,.0f}")
+        )
     for _, style, points in lines:
         places = [at(x, y) for x, y in points]
         if len(places) == 1:

@@ -113,7 +113,21 @@ def facts_of(run: RunDir, now: float | None = None) -> Facts:
     state, sentence, advice = _state(run, result, step, total, steps, time.time() if now is None else now)
     size = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
     found = figures(run, run.adapter) if has_adapter else {}
-    return Facts(run.path.name or str(run.path), run.path, recipe, run.environment(), metrics, state, sentence, advice, step, total, found, seconds, size)
+    return Facts(
+        run.path.name or str(run.path),
+        run.path,
+        recipe,
+        run.environment(),
+        metrics,
+        state,
+        sentence,
+        advice,
+        step,
+        total,
+        found,
+        seconds,
+        size,
+    )
 
 
 def _state(

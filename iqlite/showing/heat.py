@@ -94,7 +94,9 @@ def heat(
         part = answers[at : at + TOGETHER]
         rollout = _rollout(session, part)
         mask_BT = rollout.mask_BT
-        hidden = {n: states_BTD[mask_BT] for n, states_BTD in read(session.policy, session.chat, rollout, which, session.sizes).hidden.items()}
+        hidden = {
+            n: states_BTD[mask_BT] for n, states_BTD in read(session.policy, session.chat, rollout, which, session.sizes).hidden.items()
+        }
         columns, shift_V = _columns(session, hidden, rollout.tokens_BT[mask_BT], top)
         total_V = shift_V if places == 0 else total_V + shift_V
         begin = 0
@@ -134,7 +136,9 @@ def _columns(session: Session, hidden: Mapping[str, Tensor], tokens_N: Tensor, t
             mine = {role: of_tokens(logp_nV, tokens_n) for role, logp_nV in logp.items()}
             contrast_n, clipped_n = torch.zeros_like(mine["policy"]), torch.zeros_like(tokens_n, dtype=torch.bool)
             for weight, wanted, unwanted in contrasted(session):
-                sides = [of_tokens(head(states[n]).log_softmax(-1), tokens_n) if n in states else mine["reference"] for n in (wanted, unwanted)]
+                sides = [
+                    of_tokens(head(states[n]).log_softmax(-1), tokens_n) if n in states else mine["reference"] for n in (wanted, unwanted)
+                ]
                 contrast_n = contrast_n + weight * (sides[0] - sides[1])
                 clipped_n = clipped_n | ((sides[0] - sides[1]).abs() > clip)
             least_n = reference_nV.amax(-1) + (math.log(plausibility) if plausibility > 0 else -math.inf)

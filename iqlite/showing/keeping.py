@@ -24,7 +24,9 @@ def words_of(run: RunDir, count: int, say: Callable[[str], None]) -> Words:
     if (run.path / REWARDS).is_file():
         kept = read_json(run.path / REWARDS)
         if kept.get("adapter_sha256") == mine and kept.get("count") == count:
-            return Words([_heat(one) for one in kept["answers"]], [tuple(one) for one in kept["more"]], [tuple(one) for one in kept["less"]])
+            return Words(
+                [_heat(one) for one in kept["answers"]], [tuple(one) for one in kept["more"]], [tuple(one) for one in kept["less"]]
+            )
     session = open_run(run, say=say)
     say("answering held-out prompts before and after")
     given = held_out(session, run, count)

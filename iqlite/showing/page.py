@@ -46,7 +46,12 @@ def _signed(value: Mapping[str, Any]) -> str:
 
 def _environment() -> jinja2.Environment:
     made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_safe, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_safe,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters |= {"duration": duration, "number": number, "percent": _percent, "signed": _signed}
     return made
@@ -78,12 +83,25 @@ class Page:
         if made is None:
             return []
         self.charts.append(made)
-        return [{"title": made.title, "what": made.what, "svg": made.svg, "lines": made.lines, "rows": made.rows, "number": len(self.charts) - 1}]
+        return [
+            {
+                "title": made.title,
+                "what": made.what,
+                "svg": made.svg,
+                "lines": made.lines,
+                "rows": made.rows,
+                "number": len(self.charts) - 1,
+            }
+        ]
 
     def why(self, found: Aggregates, more: Sequence[tuple[str, float]], less: Sequence[tuple[str, float]]) -> dict[str, Any]:
         """Aggregates for the templates."""
         points = [(at + 1.0, mean) for at, (mean, _) in enumerate(found.positions)]
-        drawn = self.chart("Reward by position", "mean of the tokens at each place of an answer, nats", [Series(found.by, points)]) if len(points) > 1 else []
+        drawn = (
+            self.chart("Reward by position", "mean of the tokens at each place of an answer, nats", [Series(found.by, points)])
+            if len(points) > 1
+            else []
+        )
         return {
             "tokens": found.tokens, "bigrams": found.bigrams, "positions": drawn[0] if drawn else None,
             "more": [(visible(text), value) for text, value in more], "less": [(visible(text), value) for text, value in less],
@@ -105,7 +123,12 @@ class Page:
         at = BY.index(self.by)
         means = [sum(getattr(token, name) for token in heat.tokens) / len(heat.tokens) for name in BY]
         shown = [
-            {"text": token.text, "style": _style(getattr(token, self.by), self.most[at]), "blank": not token.text.strip()}
+            {
+                "lead": _lead(token.text),
+                "text": token.text[len(_lead(token.text)) :],
+                "style": _style(getattr(token, self.by), self.most[at]),
+                "blank": not token.text.strip(),
+            }
             for token in tokens
         ]
         return {
@@ -132,11 +155,23 @@ def _row(token: Token) -> list[Any]:
     """One token for the script: text, values, contrast, flags, its probabilities and the alternatives by role."""
     tops = [[[harmless(text), _p(p)] for text, p in token.alternatives[role]] for role in ROLES]
     values = [round(getattr(token, name), 3) for name in BY]
-    return [harmless(token.text), values, round(token.contrast, 3), token.clipped + 2 * token.implausible, [_p(token.probability[r]) for r in ROLES], tops]
+    return [
+        harmless(token.text),
+        values,
+        round(token.contrast, 3),
+        token.clipped + 2 * token.implausible,
+        [_p(token.probability[r]) for r in ROLES],
+        tops,
+    ]
 
 
 def _p(value: float) -> float:
     return float(f"{value:.3g}")
+
+
+def _lead(text: str) -> str:
+    """The spaces before a word, which aren't coloured; a token of spaces alone keeps them."""
+    return text[: len(text) - len(text.lstrip(" "))] if text.strip() else ""
 
 
 def _style(value: float, most: float) -> str:

@@ -22,15 +22,30 @@ CURVES = (
     ("Reward", "mean token reward of the step's answers, log π̃ − log π_θ, nats; nearer 0 is nearer the target", ("reward/mean",)),
     ("Distance from the target", "KL(π_θ‖π̃), nats a token, in training and on held-out prompts", ("kl/policy_superior", HELD_OUT_KL)),
     ("Distance from the base", "KL(π_θ‖π_ref), nats a token", ("kl/policy_reference", "eval/kl_policy_reference")),
-    ("Held-out measure", "mean score of held-out answers by the recipe's measure, beside the base's", ("eval/measure", "eval/measure_base")),
+    (
+        "Held-out measure",
+        "mean score of held-out answers by the recipe's measure, beside the base's",
+        ("eval/measure", "eval/measure_base"),
+    ),
     ("Length", "tokens of an answer", ("response/length", "eval/length")),
     ("Entropy", "of the policy's next token, nats", ("policy/entropy",)),
     ("Loss", "the objective's mean over response tokens", ("loss",)),
     ("Gradient", "its norm before it is clipped", ("policy/grad_norm",)),
     ("Speed", "response tokens a second", ("time/tokens_per_s",)),
 )
-NAMES = {HELD_OUT_KL: "held out", "eval/kl_policy_reference": "held out", "eval/measure": "policy", "eval/measure_base": "base", "eval/length": "held out"}
-PHASES = (("answering", "time/rollout_s"), ("reading under the descriptions", "time/read_s"), ("update", "time/update_s"), ("held-out evaluation", "time/eval_s"))
+NAMES = {
+    HELD_OUT_KL: "held out",
+    "eval/kl_policy_reference": "held out",
+    "eval/measure": "policy",
+    "eval/measure_base": "base",
+    "eval/length": "held out",
+}
+PHASES = (
+    ("answering", "time/rollout_s"),
+    ("reading under the descriptions", "time/read_s"),
+    ("update", "time/update_s"),
+    ("held-out evaluation", "time/eval_s"),
+)
 TEXTS = 8  # pairs of answers that are shown where no token was read
 
 
@@ -93,12 +108,16 @@ def _series(facts: Facts, names: Sequence[str]) -> list[Series]:
 def _overlaid(page: Page, facts: Sequence[Facts]) -> list[dict[str, Any]]:
     """The first metric of each curve, all runs in one chart; where training has none, the held-out one."""
     return [
-        made for title, what, names in CURVES for made in page.chart(title, what, [Series(one.name, points(one.metrics, names[0])) for one in facts])
+        made
+        for title, what, names in CURVES
+        for made in page.chart(title, what, [Series(one.name, points(one.metrics, names[0])) for one in facts])
     ]
 
 
 def _forest(comparison: Mapping[str, Any]) -> Any:
-    rows = [Interval(f"against {one['against']}", **{k: one["win_rate"][k] for k in ("value", "low", "high")}) for one in comparison["contests"]]
+    rows = [
+        Interval(f"against {one['against']}", **{k: one["win_rate"][k] for k in ("value", "low", "high")}) for one in comparison["contests"]
+    ]
     return forest(rows, 0.0, 1.0, 0.5, "Win rates of the trained model with their intervals")
 
 
@@ -144,7 +163,9 @@ def _environment(facts: Facts) -> list[tuple[str, str]]:
     packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items() if version)
     rows = [("device", found.get("device")), ("computed in", found.get("compute_dtype")), ("system", found.get("platform")), ("Python", found.get("python")), ("packages", packages)]  # fmt: skip
     if prompts := found.get("prompts"):
-        rows.append(("prompts", f"{prompts.get('train')} to train on, {prompts.get('eval')} held out, SHA-256 {str(prompts.get('sha256'))[:16]}…"))
+        rows.append(
+            ("prompts", f"{prompts.get('train')} to train on, {prompts.get('eval')} held out, SHA-256 {str(prompts.get('sha256'))[:16]}…")
+        )
     if sizes := found.get("sizes"):
         rows.append(("widths", json.dumps(sizes).strip("{}").replace('"', "")))
     return [(name, str(value)) for name, value in rows if value]

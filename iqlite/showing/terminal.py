@@ -55,7 +55,9 @@ def show_tokens(console: Console, heat: Heat, by: str, top: int) -> None:
     """One answer's tokens, a row each: the figures, and what each role would rather have said."""
     shown = Table(box=None, padding=(0, 1), title=f"{WHO[heat.who]}: every token", title_justify="left", title_style="bold")
     for name in ("token", by, "Δ", "", *(f"p {SHORT[role]}" for role in ROLES), "the target would say", "the base would say"):
-        shown.add_column(name, justify="left" if name in ("token", "", "the target would say", "the base would say") else "right", overflow="fold")
+        shown.add_column(
+            name, justify="left" if name in ("token", "", "the target would say", "the base would say") else "right", overflow="fold"
+        )
     for token in heat.tokens:
         marks = ("clipped " if token.clipped else "") + ("implausible" if token.implausible else "")
         said = [
