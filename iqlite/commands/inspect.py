@@ -60,9 +60,9 @@ def inspect(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """See the reward of every token, and what the target and the base would rather have said.
+    """See the reward of every token, before or after training.
 
-    With a recipe, before any training: what does this description reward? With a run, before and after.
+    And what the target and the base would rather have said. With a recipe: what does this description reward?
     """
     from iqlite.places import is_run
     from iqlite.recipe.reading import load_recipe

@@ -29,7 +29,7 @@ def report(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write what happened in a run as one page that loads nothing.
+    """Write runs as one page that loads nothing.
 
     What was trained and how to repeat it, answers before and after with every token's reward, curves, the comparison, stability, memory and time.
     """

@@ -24,6 +24,7 @@ from iqlite.terminal import clean, duration, spark
 from iqlite.training.monitors import Verdict
 
 BAR = 20  # cells
+NARROW = 60  # columns of a terminal that has room for it
 SHOWN = 240  # characters of an answer shown in progress
 REFRESHES = 2  # a second
 ROWS = 12  # of a terminal that has room for curves
@@ -53,7 +54,7 @@ class TrainingView:
         self.curves: dict[str, list[float]] = {name: [] for name in CURVES.values()}
         last = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))  # it may be cut
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(BAR), TextColumn("left"), TimeRemainingColumn(), last,
+            SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), *([BarColumn(BAR)] if out.width >= NARROW else []), TextColumn("left"), TimeRemainingColumn(), last,
             console=out, expand=True, auto_refresh=False, speed_estimate_period=86400,
         )  # fmt: skip
         self.task = self.progress.add_task("first rollout …", total=total, completed=first - 1)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from rich.cells import cell_len
@@ -92,8 +93,8 @@ def test_at_80_columns_step_and_time_left_come_first() -> None:
 
 
 def test_curves_fill_the_width_and_nothing_is_wider() -> None:
-    """At 80 columns two curves a row, at 200 three, at 30 one; the shape is that of the values; a low terminal has the bar alone."""
-    for width, height, across in ((80, 24, 2), (200, 50, 3), (30, 40, 1), (80, 8, 0)):
+    """At 80 columns two curves a row, at 200 three, at 40 one; the shape is that of the values; a low terminal has the bar alone."""
+    for width, height, across in ((80, 24, 2), (200, 50, 3), (40, 40, 1), (80, 8, 0)):
         out = io.StringIO()
         console = Console(file=out, width=width, height=height, force_terminal=True, color_system=None, highlight=False)
         view = TrainingView(console, 400, measure="tone")
@@ -139,7 +140,7 @@ def test_answers_are_drawn_no_more_often_than_there_is_time(monkeypatch: pytest.
     view = TrainingView(out, 20)
     for step in range(0, 21):
         clock[0] += 37.0
-        view.sample(step, "why?", lambda step=step: draw(step))
+        view.sample(step, "why?", partial(draw, step))
     assert asked == [1, 8, 16, 20]
     assert buffer.getvalue().count("why?") == 4
 
