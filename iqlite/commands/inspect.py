@@ -34,7 +34,6 @@ class By(StrEnum):
 
 EXAMPLES = (
     "iqlite inspect cheerful-135m",
-    'iqlite inspect cheerful-135m --text "What a lovely day!"',
     "iqlite inspect runs/cheerful-135m -o why.html",
 )
 

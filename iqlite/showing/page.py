@@ -67,14 +67,15 @@ class Page:
         self.most = [_most(heats, name) for name in BY]
 
     def groups(self, heats: Sequence[Heat], room: int = MOST_TOKENS) -> list[dict[str, Any]]:
-        """Answers to one prompt side by side, as many as there is room for; one pair in any case."""
+        """Answers to one prompt side by side, as many as there is room for; one pair in any case, cut where it is longer."""
+        longest = min(LONGEST, room // 2)
         found: list[dict[str, Any]] = []
         for numbers in pairs([(heat.prompt, heat.who) for heat in heats]):
             some = [heats[number] for number in numbers]
-            room -= sum(min(LONGEST, len(heat.tokens)) for heat in some)
+            room -= sum(min(longest, len(heat.tokens)) for heat in some)
             if room < 0 and found:
                 break
-            found.append({"prompt": some[0].prompt, "answers": [self._answer(heat) for heat in some]})
+            found.append({"prompt": some[0].prompt, "answers": [self._answer(heat, longest) for heat in some]})
         return found
 
     def chart(self, title: str, what: str, series: Sequence[Series]) -> list[dict[str, Any]]:
@@ -117,8 +118,8 @@ class Page:
             title=title, version=__version__, policy=policy, style=Markup(style), script=Markup(script), data=data, by=self.by, **values
         )  # fmt: skip
 
-    def _answer(self, heat: Heat) -> dict[str, Any]:
-        tokens = heat.tokens[:LONGEST]
+    def _answer(self, heat: Heat, longest: int) -> dict[str, Any]:
+        tokens = heat.tokens[:longest]
         self.answers.append([_row(token) for token in tokens])
         at = BY.index(self.by)
         means = [sum(getattr(token, name) for token in heat.tokens) / len(heat.tokens) for name in BY]
