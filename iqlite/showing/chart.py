@@ -131,7 +131,7 @@ class Interval:
 
 def forest(rows: Sequence[Interval], low: float, high: float, middle: float, label: str) -> Markup:
     """Values with their intervals, one below the other, beside a line at `middle`."""
-    width, row, left = 460, 26, 150
+    width, row, left = 460, 26, 190
 
     def at(x: float) -> float:
         return left + (min(max(x, low), high) - low) / (high - low) * (width - left - 14)
@@ -141,7 +141,7 @@ def forest(rows: Sequence[Interval], low: float, high: float, middle: float, lab
     drawn.append(Markup('<line class="middle" x1="{:.1f}" x2="{:.1f}" y1="4" y2="{}"/>').format(at(middle), at(middle), height - 22))
     for n, one in enumerate(rows):
         y = row * n + 17
-        name = one.name if len(one.name) <= 22 else one.name[:21] + "…"
+        name = one.name if len(one.name) <= 32 else one.name[:31] + "…"
         drawn.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(left - 10, y + 4, name))
         drawn.append(Markup('<line class="line s0" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(at(one.low), at(one.high), y, y))
         drawn.append(Markup('<circle class="dot s0" cx="{:.1f}" cy="{}" r="4.5"/>').format(at(one.value), y))
