@@ -22,6 +22,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+MILD, STRONG = 0.25, 0.6  # of the largest value: where a token is marked, and marked twice; our choice
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -53,6 +56,31 @@ def _controls(character: str) -> bool:
         or "\u202a" <= character <= "\u202e"
         or "\u2066" <= character <= "\u2069"
     )
+
+
+def painted(pieces: Sequence[str], values: Sequence[float], colours: str | None) -> Text:
+    """Tokens by a value each, 0 unmarked: green above it, red below it, brighter the further; `colours` is what the console has (`color_system`).
+
+    With 16 colours there are two shades; without any, a token in question stands as {++so}, {+so}, {-so} or {--so}.
+    """
+    most = (
+        max(0.5, sorted(abs(v) for v in values)[int(0.9 * (len(values) - 1))]) if values else 0.5
+    )  # one outlier doesn't darken all others
+    text = Text()
+    for piece, value in zip(pieces, values, strict=True):
+        share, shown = min(1.0, abs(value) / most), harmless(piece)
+        level = (share >= MILD) + (share >= STRONG)
+        if colours in ("truecolor", "256"):
+            depth = int(150 * share)
+            text.append(shown, f"white on rgb(0,{depth},0)" if value >= 0 else f"white on rgb({depth},0,0)")
+        elif colours:
+            text.append(shown, ("", "green", "black on green")[level] if value >= 0 else ("", "red", "white on red")[level])
+        elif level and shown.strip():
+            start = len(shown) - len(shown.lstrip())
+            text.append(f"{shown[:start]}{{{('+' if value >= 0 else '-') * level}{shown[start:]}}}")
+        else:
+            text.append(shown)
+    return text
 
 
 class WordWrap:

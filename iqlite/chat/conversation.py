@@ -15,13 +15,12 @@ from rich.text import Text
 
 from iqlite.chat.speaker import Speaker
 from iqlite.errors import IqliteError, RecipeError, RunError
-from iqlite.model.sampling import Sampler
+from iqlite.model.sampling import SPOKEN_TOP_P, Sampler
 from iqlite.places import cache_folder, exists, path_of
 from iqlite.records import Messages
-from iqlite.terminal import WordWrap, clean, harmless
+from iqlite.terminal import WordWrap, clean, harmless, painted
 
 HISTORY = "chat-history"
-TOP_P = 0.9
 WHY_NOT = {"policy": "give a run, or --adapter DIR.", "superior": "give a recipe or a run.", "base": ""}
 WHY = {
     "described": "what the description rewards, log π̃/π_ref",
@@ -128,7 +127,7 @@ class Conversation:
         self, voice: str, show: Callable[[str], None], token: Callable[[], None] = lambda: None, *, own: bool = False
     ) -> tuple[str, bool]:
         """Streams one answer to the last question and keeps it; (text, whether it ended by itself). `own`: it reads its own answers only."""
-        sampler = Sampler(self.seed, self.tokens, self.temperature, TOP_P, "chat")
+        sampler = Sampler(self.seed, self.tokens, self.temperature, SPOKEN_TOP_P, "chat")
         *before, asked = self.exchanges
         turns: Messages = (*self.turns(voice, before, own=own), {"role": "user", "content": asked.question})
         turns = self.speaker.shortened(turns, self.tokens)
@@ -230,7 +229,7 @@ class Conversation:
         for name, rewards in self.speaker.rewards(self.read, self.last).items():
             figures = f"mean {sum(rewards) / len(rewards):+.3f}, from {min(rewards):+.2f} to {max(rewards):+.2f}"
             self.console.print(f"[bold]{WHY[name]}[/] [dim]({figures})[/]")
-            self.console.print(coloured(pieces, rewards), soft_wrap=False)
+            self.console.print(painted(pieces, rewards, self.console.color_system), soft_wrap=False)
         self._confirm(LEGEND)
 
     def retry(self, _: str) -> None:
@@ -281,16 +280,6 @@ class Conversation:
             return float(rest)
         except ValueError:
             raise RecipeError(f"{rest!r} isn't a number: type {example}.") from None
-
-
-def coloured(pieces: list[str], rewards: list[float]) -> Text:
-    """Tokens on green where they are likelier than under the base, on red where less likely; brighter is more."""
-    most = max(0.5, sorted(abs(r) for r in rewards)[int(0.9 * (len(rewards) - 1))])  # one outlier doesn't darken all others
-    text = Text()
-    for piece, reward in zip(pieces, rewards, strict=True):
-        depth = int(150 * min(1.0, abs(reward) / most))
-        text.append(harmless(piece), f"white on rgb(0,{depth},0)" if reward >= 0 else f"white on rgb({depth},0,0)")
-    return text
 
 
 def _columns(texts: dict[str, str]) -> Table:

@@ -70,7 +70,7 @@ def train(
     with (
         within_memory(recipe, "with --set, and start again with --force"),
         finish_the_step(console) as interrupt,
-        TrainingView(console, total, first) as view,
+        TrainingView(console, total, first, recipe.judge.measure, run.metrics()) as view,
     ):
         outcome = run_steps(session, run, view, lambda: interrupt.asked)
     safe = _safety(session, run, console) if safety and outcome.why != "interrupted" else None
@@ -127,6 +127,7 @@ def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, An
 def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters: int) -> dict[str, str]:
     """What will be trained from what, and the numbers that follow from the recipe."""
     from iqlite.device import peak_gib
+    from iqlite.model.sampling import SPOKEN_TEMPERATURE
 
     base, rollout, superior = session.policy.base, recipe.rollout, recipe.superior
     passes = total * rollout.prompts_per_step / len(session.train)
@@ -141,7 +142,7 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
         + (f"; {len(session.contrary)} contrary ones, {recipe.contrary_per_step} a step" if session.contrary else ""),
         "judged by": recipe.judge.measure,
         "steps": f"{total} of {rollout.prompts_per_step} prompts × at most {rollout.max_new_tokens} tokens ({passes:.1f} passes over the prompts)",
-        "samples": f"shown on the way, drawn at temperature {rollout.temperature:g} as in training; compare and chat take 0.7",
+        "samples": f"shown on the way as in a chat, at temperature {SPOKEN_TEMPERATURE:g}; training draws its own at {rollout.temperature:g}",
         "memory": f"{peak_gib(session.policy.device):.1f} GiB in use once loaded",
         "run": str(path),
     } | ({"note": " ".join(session.notes)} if session.notes else {})  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 CDF_BLOCK = 256  # tokens of a block in inverse-CDF sampling
 NUCLEUS_FIRST = 1024  # tokens looked at before the whole vocabulary is sorted
+SPOKEN_TEMPERATURE, SPOKEN_TOP_P = 0.7, 0.9  # as people chat with a model; our choice
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from iqlite.run.rundir import RunDir
 COMPARISON, SAFETY = "compare", "safety"
 JUDGEMENTS = "judgements.jsonl"  # verdicts of a judging model, or a person's
 AIM = "aim.json"  # what the look before training found
+REWARDS = "rewards.json"  # held-out answers before and after, with every token's rewards, as a report shows them
 HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics as stats
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from iqlite.method.loss import TokenStatistics
-from iqlite.records import Prompts, Rollout, StepMetrics
+from iqlite.model.sampling import SPOKEN_TEMPERATURE, SPOKEN_TOP_P, Sampler
+from iqlite.records import Messages, Prompts, Rollout, StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import HARMLESS
 from iqlite.training.measuring import by_kind, measured
@@ -20,7 +23,9 @@ class Reporter(Protocol):
     """What a person sees of a run."""
 
     def step(self, metrics: StepMetrics, total: int) -> None: ...
-    def sample(self, step: int, prompt: str, answer: str) -> None: ...
+    def sample(self, step: int, prompt: str, draw: Callable[[], tuple[str, str]]) -> None:
+        """A held-out prompt; `draw` answers it, (the base, the policy now), and takes the time that takes. Nothing of the run depends on it."""
+
     def verdict(self, step: int, verdict: Verdict) -> None: ...
 
 
@@ -55,7 +60,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     for row, (request, text, thought, score) in enumerate(zip(asked.requests, texts, thoughts, score_P.tolist(), strict=False)):
         run.add_sample(step, request[-1]["content"], text, score, thought)
         if row == shown:
-            report.sample(step, request[-1]["content"], text)
+            report.sample(step, request[-1]["content"], partial(spoken, session, request, row))
     best, verdicts = monitors.after_eval(step, values, score_P.tolist(), asked.expected if measure == HARMLESS else ())
     if best:
         run.save_folder(run.best, lambda folder: session.policy.save_adapter(folder, step=step))
@@ -68,6 +73,14 @@ def answered(session: Session, role: str, name: str, prompts: Prompts) -> tuple[
     asked = prompts.some(chosen)
     rollout = session.answers(role, asked.requests, session.sampler(name), index=chosen)
     return asked, replace(rollout, contrary=len(asked) if name == "contrary" else 0)
+
+
+def spoken(session: Session, request: Messages, number: int) -> tuple[str, str]:
+    """(the base's answer, the policy's) as a person would hear them in a chat, from noise of their own, the same for both."""
+    sampler = Sampler(session.recipe.train.seed, session.recipe.rollout.max_new_tokens, SPOKEN_TEMPERATURE, SPOKEN_TOP_P, "shown")
+    rollouts = [session.answers(role, [request], sampler, index=[number]) for role in ("reference", "policy")]
+    before, now = (session.chat.text(rollout.response_ids(0)) for rollout in rollouts)
+    return before, now
 
 
 def _texts_of_base(session: Session, both: bool) -> list[str]:

@@ -74,7 +74,7 @@ def log_odds(session: Session, requests: Sequence[Messages], texts: Sequence[str
         rollout = rollout_of(session, requests[at : at + TOGETHER], texts[at : at + TOGETHER])
         logps = token_logps(session, rollout, which)
         total_BT = torch.zeros(rollout.mask_BT.shape)
-        for weight, wanted, unwanted in _pairs(session):
+        for weight, wanted, unwanted in contrasted(session):
             total_BT += weight * (logps[wanted] - logps.get(unwanted, logps["reference"]))
         found += (total_BT.double().sum(-1) / rollout.mask_BT.sum(-1)).tolist()
     return np.array(found)
@@ -107,7 +107,7 @@ def token_logps(session: Session, rollout: Rollout, which: Sequence[Reading]) ->
     return found
 
 
-def _pairs(session: Session) -> list[tuple[float, str, str]]:
+def contrasted(session: Session) -> list[tuple[float, str, str]]:
     """(weight, wanted reading, unwanted reading) that the estimator contrasts."""
     recipe = session.recipe
     if recipe.superior.estimator == "mixture":

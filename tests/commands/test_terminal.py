@@ -8,14 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
+import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from iqlite.records import StepMetrics
 from iqlite.scoring.measures import tone, words
-from iqlite.terminal import WordWrap, clean, duration, facts, harmless, table
+from iqlite.terminal import WordWrap, clean, duration, facts, harmless, painted, table
 from iqlite.training.monitors import Verdict
-from iqlite.training.progress import TrainingView, finish_the_step
+from iqlite.training.progress import TrainingView, fewer, finish_the_step
 
 VALUES = {"reward/mean": -0.2, "kl/policy_superior": 0.3, "kl/policy_reference": 0.1, "time/tokens_per_s": 20.0, "memory/peak_gib": 2.5}
 
@@ -61,10 +64,11 @@ def test_progress_in_plain_lines_and_on_a_terminal() -> None:
         out, buffer = shown(200, terminal=terminal)
         with TrainingView(out, 20) as view:
             view.step(StepMetrics(1, VALUES), 20)
-            view.sample(1, "[why]?", "be\x1b[2Jcause")
+            view.sample(1, "[why]?", lambda: ("I [don't]", "be\x1b[2Jcause"))
             view.verdict(1, Verdict("kl", "too far [from] here."))
         text = buffer.getvalue()
-        assert "KL(π‖π̃) 0.300" in text and "20 tok/s" in text and "left" in text
+        assert re.search(r"KL\(π‖π̃\) +0\.300", text) and "20 tok/s" in text and "left" in text
+        assert "before → I [don't]" in text and "now    → be [2Jcause" in text
         assert "\x1b[2J" not in text and "[why]?" in text and "too far [from] here." in text
         assert ("step 1/20" in text) == (not terminal)
 
@@ -88,11 +92,78 @@ def test_at_80_columns_step_and_time_left_come_first() -> None:
     assert re.match(r". step 123/400 [━╸╺ ]{20} left [-:0-9]+ 20 tok/s  2\.5 GiB", lines[-1]) and len(lines[-1]) <= 80
 
 
+def test_curves_fill_the_width_and_nothing_is_wider() -> None:
+    """At 80 columns two curves a row, at 200 three, at 40 one; the shape is that of the values; a low terminal has the bar alone."""
+    for width, height, across in ((80, 24, 2), (200, 50, 3), (40, 40, 1), (80, 8, 0)):
+        out = io.StringIO()
+        console = Console(file=out, width=width, height=height, force_terminal=True, color_system=None, highlight=False)
+        view = TrainingView(console, 400, measure="tone")
+        for step in range(1, 101):
+            values = {**VALUES, "reward/mean": -step, "response/length": float(step % 2), "eval/measure": 0.5, "eval/measure_base": 0.25}
+            view.step(StepMetrics(step, values), 400)
+        console.print(view)
+        lines = out.getvalue().rstrip("\n").split("\n")
+        assert all(cell_len(line) <= width for line in lines), lines
+        assert "step 100/400" in lines[0]
+        assert len(lines) == 1 + (-(-5 // across) if across else 0)
+        if across > 1:
+            drawn = re.search(r"reward +-100\.0 (\S+)", lines[1])
+            assert drawn and drawn[1] == "".join(sorted(drawn[1], reverse=True)) and drawn[1][0] == "█" and drawn[1][-1] == "▁"
+            assert "(base 0.25)" in out.getvalue()
+
+
+def test_fewer_values_are_means_of_neighbours() -> None:
+    assert fewer([1.0, 2.0, 3.0], 5) == [1.0, 2.0, 3.0]
+    assert fewer([float(n) for n in range(10)], 3) == [1.0, 4.0, 7.5]
+
+
+def test_a_terminal_that_can_t_move_its_cursor_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out, buffer = shown(80, terminal=True)
+    with TrainingView(out, 20) as view:
+        view.step(StepMetrics(1, VALUES), 20)
+    assert buffer.getvalue().startswith("step 1/20") and "\x1b" not in buffer.getvalue()
+
+
+def test_answers_are_drawn_no_more_often_than_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last always; between them only while drawing has taken under a hundredth of the time."""
+    clock = [0.0]
+    monkeypatch.setattr("iqlite.training.progress.time.monotonic", lambda: clock[0])
+    out, buffer = shown()
+    asked = []
+
+    def draw(step: int) -> tuple[str, str]:
+        asked.append(step)
+        clock[0] += 3.0
+        return "a", "b"
+
+    view = TrainingView(out, 20)
+    for step in range(0, 21):
+        clock[0] += 37.0
+        view.sample(step, "why?", partial(draw, step))
+    assert asked == [1, 8, 16, 20]
+    assert buffer.getvalue().count("why?") == 4
+
+
+def test_painted_tokens_have_signs_where_there_are_no_colours() -> None:
+    pieces, values = ["So", " nice", " [b]", " the", "\x1b[2J", "\n"], [0.0, 2.0, 0.6, 0.1, -0.7, -2.0]
+    assert painted(pieces, values, None).plain == "So {++nice} {+[b]} the{-\ufffd[2J}\n"
+    for colours in ("standard", "truecolor", "256"):
+        text = painted(pieces, values, colours)
+        assert text.plain == "So nice [b] the\ufffd[2J\n" and len(text.spans) >= 4
+    assert {str(span.style) for span in painted(pieces, values, "standard").spans} == {"black on green", "green", "red", "white on red"}
+    assert painted([], [], None).plain == ""
+
+
 def test_nothing_is_minus_zero() -> None:
     out, buffer = shown(200)
     with TrainingView(out, 20) as view:
         view.step(StepMetrics(1, {**VALUES, "reward/mean": -1e-5, "kl/policy_reference": -1e-6}), 20)
     assert "reward +0.000" in buffer.getvalue() and "KL(π‖ref) 0.000" in buffer.getvalue()
+    out, buffer = shown(200, terminal=True)
+    with TrainingView(out, 20) as view:
+        view.step(StepMetrics(1, {**VALUES, "reward/mean": -1e-5, "kl/policy_reference": -1e-6}), 20)
+    assert re.search(r"reward +\+0\.000", buffer.getvalue()) and "-0.000" not in buffer.getvalue()
 
 
 def test_no_bars_of_libraries_where_no_terminal_is() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from iqlite.records import StepMetrics
 
 
@@ -9,5 +11,5 @@ class Silent:
     """A reporter that says nothing."""
 
     def step(self, metrics: StepMetrics, total: int) -> None: ...
-    def sample(self, step: int, prompt: str, answer: str) -> None: ...
+    def sample(self, step: int, prompt: str, draw: Callable[[], tuple[str, str]]) -> None: ...
     def verdict(self, step: int, verdict: object) -> None: ...

@@ -1,0 +1,1 @@
+"""Why: what every token earned, and a run as one page."""
