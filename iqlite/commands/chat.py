@@ -82,13 +82,12 @@ def chat(
 
 def _aim(target: str | None, name: str) -> str:
     """What is known of where the superior policy points: of a run, what was seen before it was trained."""
-    from iqlite.run.files import read_json
-    from iqlite.run.findings import AIM
+    from iqlite.run.rundir import RunDir
 
-    file = Path(target or name) / AIM
-    if not file.is_file():
+    path = Path(target or name)
+    aim = RunDir.open(path).aim() if is_run(path) else None
+    if aim is None:
         return f"this is what training would aim at; whether it is better by the recipe's measure, iqlite probe {shlex.quote(name)} tells"
-    aim = read_json(file)
     said = {"right": "points the right way", "wrong": "points the wrong way", "none": "had no effect beyond chance"}[aim["verdict"]]
     means = ", ".join(f"{who} {score:.2f}" for who, score in aim["scores"].items())
     return f"this is what training aimed at; by {aim['measure']} it {said} ({means})"
