@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Any, cast
 
 from iqlite.errors import IqliteError
 
@@ -44,7 +45,7 @@ def outlive() -> None:
             stream.reconfigure(errors="replace")  # a narrow encoding, as Windows gives redirected output, loses a sign and not the run
             if type(raw := getattr(stream.buffer, "raw", stream.buffer)) is io.FileIO:  # not Windows' console
                 outliving = Outliving(stream.fileno(), "w", closefd=False)
-                buffer = outliving if raw is stream.buffer else io.BufferedWriter(outliving)  # python -u has none
+                buffer: Any = outliving if raw is stream.buffer else io.BufferedWriter(cast(io.RawIOBase, outliving))  # python -u has none
                 lines = stream.line_buffering
                 setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=lines, write_through=stream.write_through))  # fmt: skip
 

@@ -22,11 +22,12 @@ from iqlite.base.names import here
 from iqlite.errors import RunError, warn
 from iqlite.integrity import MANIFEST, drop, fault_in, found_again, manifest_of, put, seal, stamp, swap, write_manifest, write_whole
 from iqlite.places import ENVIRONMENT, RECIPE, exists, is_run
-from iqlite.recipe.reading import load_recipe, to_data
+from iqlite.recipe.reading import parse_recipe, recipe_data, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers, read_json
 from iqlite.run.journal import STATE, Journal, step_of
 from iqlite.run.lock import Lock
+from iqlite.run.moved import PATHS, base_at, check_base, each_path, found_now
 
 RESULT = "result.json"
 AIM = "aim.json"  # what the look before training found
@@ -39,6 +40,7 @@ class RunDir(Journal):
     """One run's folder. `create` makes a new one, `open` opens one that exists."""
 
     copied = (RECIPE, ENVIRONMENT)
+    base: str | None = None  # where the base is now, if that was said
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, environment: Mapping[str, Any], *, force: bool = False) -> RunDir:
@@ -62,9 +64,10 @@ class RunDir(Journal):
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunDir:
-        """An existing run; RunError if the folder isn't one, or what says how it was made is damaged and no checkpoint has a copy of it."""
+    def open(cls, path: Path, base: str | None = None) -> RunDir:
+        """An existing run, `base` where its base is now; RunError if the folder isn't one, or what says how it was made is damaged and no checkpoint has a copy of it."""
         run = cls(path)
+        run.base = base_at(base) if base else None
         with suppress(OSError):
             found_again(path)
         faults = {name: fault_in(path, name) and fault_in(path, name) for name in cls.copied}  # twice: training may have been writing it
@@ -139,8 +142,16 @@ class RunDir(Journal):
         return read_json(self.path / AIM) if (self.path / AIM).is_file() else None
 
     def recipe(self) -> Recipe:
-        """The locked recipe."""
-        return load_recipe(self.path / RECIPE)
+        """The locked recipe, with every path where its file is now."""
+        file = self.path / RECIPE
+        data = found_now(recipe_data(file), self.path, self.environment())
+        if self.base:
+            data["model"] = data.get("model", {}) | {"base": self.base}
+        return parse_recipe(data, file)
+
+    def check_base(self) -> None:
+        """RunError if the base isn't where it was."""
+        check_base(self.path, self.recipe().model.base)
 
     def environment(self) -> dict[str, Any]:
         """Versions, device, base and prompts the run was made with."""
@@ -152,6 +163,7 @@ class RunDir(Journal):
         was = self.environment()
         for key in ("base", "prompts", "thinking"):
             old[key], new[key] = was.get(key), environment.get(key)
+        self._moved(old, new, was, environment)
         changed = [
             f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
             for key in sorted(old | new)
@@ -162,9 +174,32 @@ class RunDir(Journal):
                 f"{self.path} can't be resumed, since the work has changed: {'; '.join(changed[:4])}. Undo that, or start anew with another --out."
             )
 
+    @staticmethod
+    def _moved(old: dict[str, Any], new: dict[str, Any], was: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Takes out of `old` and `new` what differs by its place only: bases of the same weights, files of the same contents."""
+        with suppress(TypeError, LookupError):  # a record without weights
+            if Identity.from_record(was["base"]).same_base(Identity.from_record(environment["base"])):
+                for key in ("base", "model.base"):
+                    old.pop(key, None), new.pop(key, None)
+        before, now = was.get("files", {}), environment.get("files", {})
+        for table, keys in PATHS.items():
+            for key in (f"{table}.{name}" for name in keys):
+                mine, yours = (
+                    {name: sha for name, sha in files.items() if name == key or name.startswith(f"{key}.")} for files in (before, now)
+                )
+                same = (
+                    mine == yours
+                    if mine
+                    else table == "prompts" and key != "prompts.outside" and was.get("prompts") == environment.get("prompts")
+                )
+                if same and key in old and key in new:
+                    old.pop(key), new.pop(key)
+
     def take_over(self, recipe: Recipe) -> None:
-        """Locks what a resumed recipe may change: how it is judged."""
+        """Locks what a resumed recipe may change: how it is judged, and where its files are."""
         self.write_sealed(RECIPE, tomli_w.dumps(locked(recipe)))
+        if (was := self.environment()).get("place", "") not in ("", str(self.path.resolve())):
+            self.write_sealed(ENVIRONMENT, json.dumps(was | {"place": str(self.path.resolve())}, indent=2) + "\n")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """How the run ended: result.json is there once it has."""
@@ -265,19 +300,7 @@ def locked(recipe: Recipe) -> dict[str, Any]:
 def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe's data, in which paths that were relative to `folder` are absolute."""
 
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
-
-    for table, keys in {
-        "prompts": ("train", "eval", "outside", "contrary"),
-        "adapter": ("start",),
-        "superior": ("adapter", "unwanted_adapter"),
-    }.items():
-        for key in keys:
-            if key in data.get(table, {}):
-                data[table][key] = absolute(data[table][key])
+    data = each_path(data, lambda _, path: str((folder / Path(path).expanduser()).resolve()))
     base = here(str(data.get("model", {}).get("base", "")), folder) if data.get("model", {}).get("base") else None
     if base is not None:
         data["model"]["base"] = str(base.resolve())
