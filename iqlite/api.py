@@ -24,8 +24,9 @@ from iqlite.recipe.reading import load_recipe as load_file
 from iqlite.recipe.reading import overridden, parse_recipe
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import check_space, free_name
-from iqlite.run.findings import AIM, JUDGEMENTS
-from iqlite.run.rundir import RunDir, check_replaceable
+from iqlite.run.findings import JUDGEMENTS
+from iqlite.run.lock import Lock
+from iqlite.run.rundir import AIM, RunDir, check_replaceable
 
 if TYPE_CHECKING:
     from iqlite.aim.look import Look
@@ -76,7 +77,7 @@ def begin(
     """(session, run directory) of a recipe that is ready for its next step: loaded, looked at, its folder made or opened.
 
     `force` replaces a folder, and goes on where memory seems too small or the target points the wrong way. AimError, with nothing written, where it
-    does; RunError for a folder that is there or can't be resumed.
+    does; RunError for a folder that is there, can't be resumed or is being trained. The run is locked until its `release`.
     """
     listener = listener or Quiet()
     path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
@@ -98,8 +99,9 @@ def begin(
         return session, existing
     seen = _look(session, listener, force=force)
     run = RunDir.create(path, recipe, found, force=force)
+    run.lock()
     if seen:
-        run.write(AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
+        run.write_sealed(AIM, json.dumps(seen.record(forced=seen.verdict == WRONG), indent=2) + "\n")
     return session, run
 
 
@@ -134,7 +136,7 @@ def train(
     from iqlite.training.loop import train as run_steps
 
     session, run = begin(recipe, out, resume=resume, force=force)
-    with within_memory(recipe, "in the recipe"):
+    with run.held(), within_memory(recipe, "in the recipe"):
         run_steps(session, run, _Told(progress))
     return Run(run)
 
@@ -281,8 +283,13 @@ def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
     if resume and force:
         raise RunError("--resume goes on with a run and --force replaces it: give one of them.")
     if resume:
-        return RunDir.open(path)
+        run = RunDir.open(path)
+        run.lock()
+        run.recover()
+        return run
     check_replaceable(path, force=force)
+    if force and path.is_dir():
+        Lock(path).release()  # one that is being trained isn't replaced
     return None
 
 

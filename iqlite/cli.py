@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -15,6 +14,8 @@ from iqlite import __version__
 from iqlite.commands import bench, chat, compare, doctor, export, init, inspect, merge, plan, probe, recipe, report, train
 from iqlite.commands.options import Verb, Verbs
 from iqlite.errors import IqliteError
+from iqlite.streams import lost, outlive
+from iqlite.terminal import harmless
 
 app = typer.Typer(
     name="iqlite",
@@ -49,13 +50,18 @@ def main() -> None:
     """The console script: errors for people are one sentence on standard error and exit code 2; what nobody foresaw is one, with exit code 1."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):  # a narrow encoding, as Windows gives redirected output, loses a sign and not the run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    outlive()
+    survived = _Survived()
+    logging.getLogger("iqlite").addHandler(survived)
     if not sys.stderr.isatty():
         os.environ.update(dict.fromkeys(NO_BARS, "1"))
     try:
-        app()
+        try:
+            app()
+        except SystemExit as done:
+            if not done.code:
+                lost()
+            raise
     except IqliteError as error:
         sys.stderr.write(f"iqlite: {error}\n")
         sys.exit(2)
@@ -66,6 +72,16 @@ def main() -> None:
             raise
         sys.stderr.write(f"iqlite: {unforeseen.explain(error, sys.argv)}\n")
         sys.exit(1)
+    finally:
+        logging.getLogger("iqlite").removeHandler(survived)
+
+
+class _Survived(logging.Handler):
+    """What went wrong and was survived, as a line on standard error: over a live bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes it."""
+        sys.stderr.write(f"iqlite: {harmless(record.getMessage())}\n")
 
 
 if __name__ == "__main__":

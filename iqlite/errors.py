@@ -1,5 +1,10 @@
 """What went wrong, said to the person who can mend it: one sentence that names the file, the key, the value and the fix."""
 
+from __future__ import annotations
+
+import functools
+import logging
+
 
 class IqliteError(Exception):
     """A message for the user. The command line prints it and exits with code 2; nothing else catches it."""
@@ -32,3 +37,9 @@ class AimError(IqliteError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, without a final full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@functools.lru_cache(maxsize=1024)
+def warn(text: str) -> None:
+    """Tells the user, once, of something that went wrong and was survived: a sentence through Python's logging, under the name iqlite."""
+    logging.getLogger("iqlite").warning(text)

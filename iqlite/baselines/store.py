@@ -13,10 +13,11 @@ from iqlite.baselines.methods import TRL, check_names
 from iqlite.baselines.ppo import train_ppo
 from iqlite.baselines.trl_trainers import ROWS, TRAINER, check_trl, per_step, train_by_trl
 from iqlite.errors import RunError
+from iqlite.integrity import drop, fault_in, put, seal
 from iqlite.machine.sizes import within_memory
 from iqlite.recipe.pairs import load_pairs
 from iqlite.recipe.schema import Recipe
-from iqlite.run.files import explained
+from iqlite.run.files import explained, read_json
 from iqlite.run.journal import Journal
 from iqlite.run.rundir import RunDir
 from iqlite.terminal import duration
@@ -52,8 +53,11 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
     given = load_pairs(pairs) if pairs else []
     folder = run.path / "baselines" / (f"{name}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}" if given else name)
     steps = run.steps_taken()
+    if folder.is_dir() and (fault := fault_in(folder)):
+        say(f"{folder}: {fault}; it is trained anew.")
+        drop(folder)
     if (folder / RECORD).is_file():
-        took = json.loads((folder / RECORD).read_text("utf-8"))["steps"]
+        took = read_json(folder / RECORD)["steps"]
         if steps and took != steps:
             say(f"{folder} was trained for {took} steps, and this run has taken {steps}: delete it to have it trained anew.")
         return folder
@@ -65,22 +69,26 @@ def baseline(run: RunDir, name: str, say: Callable[[str], None], pairs: Path | N
         if other != work.path:
             shutil.rmtree(other)
     with within_memory(recipe, "in that file, and compare again"), explained(run.path, work.again):
-        if not (work.path / RECORD).is_file():
-            work.path.mkdir(parents=True, exist_ok=True)
-            if name == "ppo":
-                session = open_session(recipe, placement=placement, say=say)
+        work.path.mkdir(parents=True, exist_ok=True)
+        with work.held():
+            if not (work.path / RECORD).is_file():
+                if name == "ppo":
+                    session = open_session(recipe, placement=placement, say=say)
 
-                def step(at: int, total: int, values: dict[str, float]) -> None:
-                    say(f"ppo: step {at}/{total}, return {values['return']:+.3f}, left {duration(values['seconds'] / at * (total - at))}")
+                    def step(at: int, total: int, values: dict[str, float]) -> None:
+                        say(
+                            f"ppo: step {at}/{total}, return {values['return']:+.3f}, left {duration(values['seconds'] / at * (total - at))}"
+                        )
 
-                record = train_ppo(session, work, step)
-            else:
-                record = train_by_trl(name, recipe, placement, work, say, given)
-            record["epochs"] = record["steps"] * per_step(name, recipe) / (len(given) or run.environment()["prompts"]["train"])
-            work.write(RECORD, json.dumps({"method": name, **({"pairs": pairs.name} if pairs else {}), **record}, indent=2) + "\n")
-        work.path.rename(folder)
+                    record = train_ppo(session, work, step)
+                else:
+                    record = train_by_trl(name, recipe, placement, work, say, given)
+                record["epochs"] = record["steps"] * per_step(name, recipe) / (len(given) or run.environment()["prompts"]["train"])
+                work.write(RECORD, json.dumps({"method": name, **({"pairs": pairs.name} if pairs else {}), **record}, indent=2) + "\n")
         for leftover in ("checkpoints", TRAINER):
-            shutil.rmtree(folder / leftover, ignore_errors=True)
-        (folder / ROWS).unlink(missing_ok=True)
+            shutil.rmtree(work.path / leftover, ignore_errors=True)
+        (work.path / ROWS).unlink(missing_ok=True)
+        seal(work.path)
+        put(work.path, folder)
     gc.collect()  # its base, before another is loaded: layers are in reference cycles
     return folder

@@ -117,7 +117,8 @@ def _sampled(name: str, session: Session, steps: int, work: Journal, say: Callab
     recipe, wanted = session.recipe, session.wanted
     assert wanted is not None
     work.keep_lines(steps, ROWS)
-    for step in range(len(work.lines(ROWS)) + 1, steps + 1):
+    there = {line["step"] for line in work.lines(ROWS)}
+    for step in (one for one in range(1, steps + 1) if one not in there):
         begin, tokens = time.perf_counter(), 0
         rows: list[dict[str, Any]] = []
         chosen = prompts_of_step(session.train, step, recipe.rollout.prompts_per_step, recipe.train.seed)[: per_step(name, recipe)]
@@ -137,8 +138,8 @@ def _sampled(name: str, session: Session, steps: int, work: Journal, say: Callab
                 else:
                     rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
             say(f"sampled what {name} learns from: step {step} of {steps}")
-        work.append(ROWS, {"step": step, "rows": rows, "tokens": tokens, "seconds": time.perf_counter() - begin})
-    lines = work.lines(ROWS)
+        work.append(ROWS, {"step": step, "rows": rows, "tokens": tokens, "seconds": time.perf_counter() - begin}, seal=True)
+    lines = sorted(work.lines(ROWS), key=lambda line: int(line["step"]))
     return [row for line in lines for row in line["rows"]], sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
 
 

@@ -31,6 +31,9 @@ def chat(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of another adapter of the same base.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the bare base.")] = False,
+    base_path: Annotated[
+        str | None, typer.Option("--base-path", metavar="PATH", help="Where the run's base is now, if it has moved; --base PATH does too.")
+    ] = None,
     superior: Annotated[bool, typer.Option("--superior", help="Talk to the superior policy: no training is needed.")] = False,
     strength: Annotated[float | None, typer.Option(help="Strength of the superior's contrast, instead of the recipe's.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this one question on standard output and leave.")] = None,
@@ -45,10 +48,12 @@ def chat(
     Or, with --superior, to what training aims at, before any training. /help lists what can be typed.
     """
     console = terminal(stderr=as_json)
+    if base_path is not None and target is None:  # --base PATH: the bare base, of the model that is named
+        target, base, base_path = base_path, True, None
     if base and superior:
         raise RecipeError("--base and --superior are two voices: give one of them.")
     voice = "base" if base else "superior" if superior else None
-    recipe, folder, placement, name = _resolve(target, adapter)
+    recipe, folder, placement, name = _resolve(target, adapter, base_path)
     piped = None if prompt is not None or sys.stdin.isatty() else sys.stdin.read().strip()
     question = prompt if prompt is not None else piped
     if question is None and as_json:
@@ -82,19 +87,18 @@ def chat(
 
 def _aim(target: str | None, name: str) -> str:
     """What is known of where the superior policy points: of a run, what was seen before it was trained."""
-    from iqlite.run.files import read_json
-    from iqlite.run.findings import AIM
+    from iqlite.run.rundir import RunDir
 
-    file = Path(target or name) / AIM
-    if not file.is_file():
+    path = Path(target or name)
+    aim = RunDir.open(path).aim() if is_run(path) else None
+    if aim is None:
         return f"this is what training would aim at; whether it is better by the recipe's measure, iqlite probe {shlex.quote(name)} tells"
-    aim = read_json(file)
     said = {"right": "points the right way", "wrong": "points the wrong way", "none": "had no effect beyond chance"}[aim["verdict"]]
     means = ", ".join(f"{who} {score:.2f}" for who, score in aim["scores"].items())
     return f"this is what training aimed at; by {aim['measure']} it {said} ({means})"
 
 
-def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, Path | None, str | None, str]:
+def _resolve(target: str | None, adapter: Path | None, base: str | None = None) -> tuple[Recipe | None, Path | None, str | None, str]:
     """(recipe, adapter, placement, name) of a run, a recipe or a model; without a target, the newest run."""
     from iqlite.recipe.reading import load_recipe, recipe_file
     from iqlite.run.rundir import RunDir, check_adapter_of
@@ -104,7 +108,8 @@ def _resolve(target: str | None, adapter: Path | None) -> tuple[Recipe | None, P
         target = str(runs[-1]) if runs else EMBEDDED
     path = path_of(target)
     if path.is_dir() and not (path / "config.json").is_file():
-        run_dir = RunDir.open(path)
+        run_dir = RunDir.open(path, base)
+        run_dir.check_base()
         folder = adapter or run_dir.trained()
         check_adapter_of(run_dir, folder)
         return run_dir.recipe(), folder, run_dir.environment()["placement"], target

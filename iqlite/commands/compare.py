@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from iqlite.commands.options import Json, Which, there
+from iqlite.commands.options import Base, Json, Which, there
 from iqlite.errors import RunError
 from iqlite.terminal import Watch, clean, harmless, spark, table
 from iqlite.terminal import console as terminal
@@ -60,6 +60,7 @@ def compare(
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="Sampling temperature, the same for all; 0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus truncation, the same for all.")] = 0.9,
     which: Which = "adapter",
+    base: Base = None,
     safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Also: harm, over-refusal and bias before and after.")] = True,
     safety_set: Annotated[Path | None, typer.Option(help="Your own safety set instead of the small one that ships.")] = None,
     checkpoints: Annotated[
@@ -76,7 +77,7 @@ def compare(
     """
     from iqlite.run.rundir import RunDir
 
-    runs = [RunDir.open(path) for path in paths]  # a fault in one is reported before torch is imported
+    runs = [RunDir.open(path, base) for path in paths]  # a fault in one is reported before torch is imported
     there(prompts=None if str(prompts) == "outside" else prompts, pairs=pairs, safety_set=safety_set)
     console = terminal(stderr=as_json)
     if checkpoints and (others or pairs or prompts):

@@ -14,7 +14,7 @@ import typer
 
 from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
 from iqlite.base.names import find_gguf, shape_of
-from iqlite.commands.options import BaseWeights, Force, Json, Out, Scale, Weights, Which
+from iqlite.commands.options import Base, BaseWeights, Force, Json, Out, Scale, Weights, Which
 from iqlite.errors import RunError
 from iqlite.terminal import bytes_done, facts
 from iqlite.terminal import console as terminal
@@ -45,6 +45,7 @@ def export(
     which: Which = "adapter",
     weights: Weights = BaseWeights.trained,
     scale: Scale = 1.0,
+    base: Base = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +59,7 @@ def export(
 
     console, to = terminal(stderr=as_json), target.value
     quant = quant.lower() if quant else None
-    run_dir, folder = leaving(run, which, out, MANIFEST, scale=scale, force=force)
+    run_dir, folder = leaving(run, which, out, MANIFEST, scale=scale, force=force, base=base)
     for beside in (out.with_name(f"{out.name}{ending}") for ending in BESIDE if to.startswith("gguf")):
         check_place(beside, MANIFEST, force=force)
     recipe = run_dir.recipe()

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from iqlite.base.names import shape_of
-from iqlite.commands.options import BaseWeights, Force, Json, Out, Scale, Weights, Which
+from iqlite.commands.options import Base, BaseWeights, Force, Json, Out, Scale, Weights, Which
 from iqlite.terminal import bytes_done, facts
 from iqlite.terminal import console as terminal
 
@@ -35,6 +35,7 @@ def merge(
     which: Which = "adapter",
     weights: Weights = BaseWeights.trained,
     scale: Scale = 1.0,
+    base: Base = None,
     dtype: Annotated[DType | None, typer.Option(help="What is written; by default what the base is stored in.")] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Measure how far the merged model is from the adapter on its base.")
@@ -52,7 +53,7 @@ def merge(
 
     console = terminal(stderr=as_json)
     kind = dtype.value if dtype else None
-    run_dir, folder = leaving(run, which, out, MANIFEST, scale=scale, force=force)
+    run_dir, folder = leaving(run, which, out, MANIFEST, scale=scale, force=force, base=base)
     recipe = run_dir.recipe()
     parameters = shape_of(recipe.model.base, recipe.folder, recipe.model.revision).parameters
     check_space(out, int(parameters * BYTES[kind or "bfloat16"]), flag="-o")

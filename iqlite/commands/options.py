@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from iqlite.errors import PromptsError
+from iqlite.places import exists, is_run
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; progress goes to standard error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -18,6 +19,7 @@ Set = Annotated[
 ]
 Which = Annotated[str, typer.Option("--which", help="Which adapter of the run: adapter (the last) or best.")]
 Scale = Annotated[float, typer.Option(help="How much of the adapter is added: 1 is as trained.")]
+Base = Annotated[str | None, typer.Option("--base", metavar="PATH", help="Where the run's base is now, if it has moved.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write it.")]
 
 
@@ -58,12 +60,31 @@ class Verb(TyperCommand):
 
     renamed: ClassVar[dict[str, dict[str, str]]] = {
         "compare": {"--adapter": "--which"},
-        "merge": {"--adapter": "--which", "--base": "--weights"},
-        "export": {"--adapter": "--which", "--base": "--weights"},
+        "merge": {"--adapter": "--which", "--base=trained": "--weights=trained", "--base=stored": "--weights=stored"},
+        "export": {"--adapter": "--which", "--base=trained": "--weights=trained", "--base=stored": "--weights=stored"},
         "probe": {"--prompts": "--count"},
     }
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Puts today's spelling in the place of an old one."""
         old = self.renamed.get(self.name or "", {})
+        args = _joined(args, "--base")
+        args = [old.get(arg, arg) for arg in args]
+        if self.name == "chat":  # where --base alone asks for the bare base
+            args = [arg.replace("--base=", "--base-path=", 1) if arg.startswith("--base=") else arg for arg in args]
         return super().parse_args(ctx, ["=".join([old.get(name, name), *rest]) for name, *rest in (arg.split("=", 1) for arg in args)])
+
+
+def _joined(args: list[str], name: str) -> list[str]:
+    """`--base X` as `--base=X`, where X is one of merge's two kinds of weights or a model that is here and no run."""
+    found: list[str] = []
+    for arg in args:
+        if (
+            found
+            and found[-1] == name
+            and (arg in [*BaseWeights] or (not arg.startswith("-") and exists(Path(arg)) and not is_run(Path(arg))))
+        ):
+            found[-1] = f"{name}={arg}"
+        else:
+            found.append(arg)
+    return found

@@ -61,6 +61,14 @@ def train(
     with ExitStack() as bars:
         session, run = begin(recipe, out, resume=resume, force=force, listener=_Begins(console, recipe, bars))
 
+    with run.held():
+        outcome, safe = _steps(console, recipe, session, run, safety=safety)
+    _conclude(console, run, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
+    raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
+
+
+def _steps(console: Console, recipe: Recipe, session: Session, run: RunDir, *, safety: bool) -> tuple[Outcome, dict[str, Any] | None]:
+    """Trains, and looks at what it did to safety."""
     from iqlite.machine.sizes import within_memory
     from iqlite.training.loop import train as run_steps
     from iqlite.training.progress import TrainingView, finish_the_step
@@ -73,9 +81,7 @@ def train(
         TrainingView(console, total, first, recipe.judge.measure, run.metrics()) as view,
     ):
         outcome = run_steps(session, run, view, lambda: interrupt.asked)
-    safe = _safety(session, run, console) if safety and outcome.why != "interrupted" else None
-    _conclude(console, run, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
-    raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
+    return outcome, _safety(session, run, console) if safety and outcome.why != "interrupted" else None
 
 
 class _Begins:

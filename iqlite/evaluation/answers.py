@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from iqlite.chat.superior import superior_answers
+from iqlite.errors import warn
+from iqlite.integrity import sealed, unsealed
 from iqlite.model.sampling import Sampler
 from iqlite.model.template import Description
 from iqlite.places import cache_folder
@@ -157,7 +159,7 @@ def _append(paths: Sequence[Path], answers: Sequence[Answer]) -> None:
     for path in paths if answers else ():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write("\n" + "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+            file.write("\n" + "".join(sealed(asdict(answer)) + "\n" for answer in answers))
 
 
 def _file_name(name: str) -> str:
@@ -166,10 +168,13 @@ def _file_name(name: str) -> str:
 
 def _read(path: Path) -> list[Answer]:
     found: list[Answer] = []
+    damaged = 0
     if path.is_file():
         for line in path.read_bytes().split(b"\n"):
             try:
-                found += [Answer(**json.loads(line))] if line else []
-            except (ValueError, TypeError):  # the line that a kill cut in two
-                continue
+                found += [Answer(**unsealed(line))] if line else []
+            except (ValueError, TypeError):
+                damaged += 1
+    if damaged:  # or the line that a kill cut in two
+        warn(f"{path}: {damaged} of {len(found) + damaged} kept answers are damaged; what is needed of them is asked for again.")
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from iqlite.baselines.methods import BASELINES, METHODS
 from iqlite.baselines.store import baseline, check_methods, shown
 from iqlite.chat.superior import check_heard
-from iqlite.errors import PromptsError, RunError
+from iqlite.errors import PromptsError, RunError, warn
 from iqlite.evaluation.answers import Answerer, collect, prompted_answerers
 from iqlite.evaluation.figures import (
     Answers,
@@ -34,7 +34,7 @@ from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import load_asked
 from iqlite.records import Prompts
 from iqlite.run.files import read_json
-from iqlite.run.findings import AIM, COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
+from iqlite.run.findings import COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
 from iqlite.run.rundir import RunDir, check_adapter_of
 from iqlite.scoring.intervals import Array, elo, outcomes
 from iqlite.scoring.measures import HARMLESS, NAMES
@@ -86,8 +86,12 @@ class Comparison:
         """Writes it into the run for the model card, unless one of the same held-out prompts and adapter with more answers is there: a note then."""
         name = file_of(COMPARISON, self.adapter, "" if self.asked == HELD_OUT else self.asked)
         if self.asked == HELD_OUT and (run.path / name).is_file():
-            old = json.loads((run.path / name).read_text("utf-8"))
-            if old["adapter_sha256"] == self.adapter_sha256 and answers_in(old) > self.prompts * self.seeds:
+            try:
+                old = read_json(run.path / name)
+            except RunError as error:  # it is written anew
+                warn(f"{error} It is replaced.")
+                old = {}
+            if old.get("adapter_sha256") == self.adapter_sha256 and answers_in(old) > self.prompts * self.seeds:
                 return f"{name} stays as it was: it holds more answers ({old['prompts']} prompts × {old['seeds']} seeds)"
         run.write(name, json.dumps(self.record(), indent=2) + "\n")
         return ""
@@ -172,7 +176,7 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
         kinds={name: by_kind(repeated, [a.answer for seed in given for a in seed]) for name, given in answers.items()}
         if measure == HARMLESS
         else {},
-        aim=read_json(run.path / AIM) if (run.path / AIM).is_file() else None,
+        aim=run.aim(),
         categories=by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
         safety=_safety(session, run, {"base": who[0], TRAINED: who[-1]}, items, question, watch) if items else None,
         judging={"asked": judging.asked, "malformed": judging.malformed, "tokens": judging.tokens}

@@ -18,6 +18,7 @@ from pydantic import HttpUrl
 
 from iqlite.base.hub import somebody_answers
 from iqlite.errors import RunError
+from iqlite.integrity import sealed, unsealed
 from iqlite.model.rendering import in_time
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages
@@ -66,8 +67,8 @@ class Kept:
         self._found: dict[str, float] = {}
         for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             try:
-                row = json.loads(line) if line else None
-                if row is not None:
+                if line:
+                    row = unsealed(line)
                     self._found[row["of"]] = float(row["verdict"])
             except (ValueError, KeyError, TypeError):  # the line that a kill cut in two, or one that isn't a verdict
                 continue
@@ -81,7 +82,7 @@ class Kept:
         """Keeps a verdict, on the disk at once."""
         self._found[self._key(of)] = verdict
         with explained(self.path, "compare again"), self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"of": self._key(of), "verdict": verdict}) + "\n")
+            file.write("\n" + sealed({"of": self._key(of), "verdict": verdict}) + "\n")
 
     @staticmethod
     def _key(of: Sequence[str]) -> str:

@@ -1,11 +1,10 @@
-"""Files that are there whole or not at all, lines that a kill may have cut, and what a disk refuses as one sentence."""
+"""Files that are there whole or not at all, and what a disk refuses as one sentence."""
 
 from __future__ import annotations
 
 import errno
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iqlite.errors import RunError, first_line
+from iqlite.integrity import found_again, put, swap
 from iqlite.places import check_no_link, exists
 
 
@@ -50,11 +50,9 @@ def explained(path: Path, again: str = "go on with --resume") -> Iterator[None]:
 
 
 def replace_with(making: Path, path: Path) -> None:
-    """Puts a finished file or folder in `path`'s place."""
+    """Puts a finished file or folder in `path`'s place; a kill on the way leaves the old one or the new one."""
     with explained(path):
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(making, path)
+        swap(making, path) if path.is_dir() else put(making, path)
 
 
 def free_name(folder: Path, name: str, ending: str = "") -> Path:
@@ -80,26 +78,9 @@ def check_place(path: Path, mark: str, *, force: bool) -> None:
     if path.name in ("", ".."):
         raise RunError(f"-o {path} is where you are, or above: name a folder or file of its own.")
     check_no_link(path, "-o")
-    if not exists(path):
+    if not exists(path) and not found_again(path):
         return
     if not force:
         raise RunError(f"{path} exists already: replace it with --force, or name another -o.")
     if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise RunError(f"{path} isn't a folder that iqlite wrote ({mark} is missing), so --force won't delete it: name another -o.")
-
-
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_bytes().split(b"\n"):  # splitlines would also split where a model wrote U+2028
-            try:
-                if line:
-                    yield json.loads(line)
-            except ValueError:
-                return  # the line that a kill cut in two; nothing can follow it
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Puts a text file in its place in one step."""
-    making = path.with_name(f".making-{path.name}")
-    making.write_text(text, "utf-8")
-    os.replace(making, path)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from iqlite.errors import RunError, warn
 from iqlite.records import HELD_OUT_KL
 from iqlite.run.files import read_json
 from iqlite.run.rundir import RunDir
 
 COMPARISON, SAFETY = "compare", "safety"
 JUDGEMENTS = "judgements.jsonl"  # verdicts of a judging model, or a person's
-AIM = "aim.json"  # what the look before training found
 REWARDS = "rewards.json"  # held-out answers before and after, with every token's rewards, as a report shows them
 HELD_OUT = "held out"  # what a comparison asked when it asked nothing else
 
@@ -30,6 +30,7 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     `compare` is of the run's own held-out prompts, `elsewhere` a list of the same on others; `safety` is a list, one for each set of requests.
     """
     evaluated = [line for line in run.metrics() if line.get(HELD_OUT_KL) is not None]
+    evaluated = evaluated if evaluated and evaluated[0]["step"] == 0 else []  # without what was before, nothing is said of a change
     found: dict[str, Any] = {}
     mine = adapter_digest(adapter)
     if evaluated:
@@ -39,12 +40,16 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
         found["steps"] = last["step"]
     if evaluated and evaluated[0].get("eval/measure") is not None:
         found["held_out_measure"] = {"of": run.recipe().judge.measure, "base": last["eval/measure_base"], "after": last["eval/measure"]}
-    if (run.path / AIM).is_file():
-        found["aim"] = read_json(run.path / AIM)
+    if aim := run.aim():
+        found["aim"] = aim
     compared: dict[str, Any] = {}
     checked: dict[str, Any] = {}
     for file in sorted([*run.path.glob(f"{COMPARISON}*.json"), *run.path.glob(f"{SAFETY}*.json")]):
-        one = read_json(file)
+        try:
+            one = read_json(file)
+        except RunError as error:
+            warn(f"{error} Its figures are left out.")
+            continue
         if one.get("adapter_sha256") != mine:
             continue
         if file.name.startswith(SAFETY):

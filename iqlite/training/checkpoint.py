@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from iqlite.errors import RunError
+from iqlite.errors import RunError, first_line
 from iqlite.run.journal import part
 from iqlite.run.rundir import RunDir
 from iqlite.training.monitors import Monitors
@@ -49,5 +51,15 @@ def resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) ->
     tensors, state = found
     if not part(tensors, "adapter."):
         raise RunError(f"{run.path}: its last checkpoint holds no adapter; delete that checkpoint's folder and resume from the one before.")
-    restore(session, optimizer, tensors, state)
-    return state["step"] + 1, Monitors.restore(state["monitors"]), state["stopped"]
+    try:
+        restore(session, optimizer, tensors, state)
+        monitors = Monitors.restore(state["monitors"])
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"{run.path}: its last checkpoint isn't of this recipe and base ({first_line(error)}); start anew with another --out."
+        ) from None
+    if not run.best.is_dir():  # lost, and said: the best from here on is the best
+        monitors = replace(monitors, best_kl=math.inf, best_step=0)
+    return state["step"] + 1, monitors, state["stopped"]

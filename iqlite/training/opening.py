@@ -27,8 +27,10 @@ from iqlite.model.proof import is_proved
 from iqlite.model.template import Chat
 from iqlite.places import path_of
 from iqlite.recipe.prompts import hold_back, load_prompts, name_of
+from iqlite.recipe.reading import to_data
 from iqlite.recipe.schema import HubPrompts, Recipe
 from iqlite.records import Messages
+from iqlite.run.moved import digests
 from iqlite.run.rundir import RunDir
 from iqlite.training.placement import place
 from iqlite.training.readings import readings
@@ -135,6 +137,7 @@ def open_session(
 
 def open_run(run: RunDir, start: Path | None = None, *, say: Callable[[str], None] = lambda _: None) -> Session:
     """A run's recipe on its adapter (`start`: another of its adapters), with the description where the run has it."""
+    run.check_base()
     return open_session(run.recipe(), start=start or run.trained(), placement=run.environment()["placement"], say=say)
 
 
@@ -157,6 +160,7 @@ def environment(session: Session) -> dict[str, Any]:
         "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
         "placement": session.placement,
+        "files": digests(to_data(session.recipe), session.recipe.folder),
         **({"thinking": session.chat.rendering.thinks} if session.chat.rendering.marks else {}),  # how a model that can think was asked
         "sizes": session.sizes.record(),
         "device": name_of_device(device),

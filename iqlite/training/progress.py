@@ -24,6 +24,7 @@ from iqlite.terminal import clean, duration, spark
 from iqlite.training.monitors import Verdict
 
 BAR = 20  # cells
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK")  # those that the platform has
 NARROW = 60  # columns of a terminal that has room for it
 SHOWN = 240  # characters of an answer shown in progress
 REFRESHES = 2  # a second
@@ -148,10 +149,13 @@ def fewer(values: Sequence[float], most: int) -> list[float]:
 
 @contextmanager
 def finish_the_step(out: Console) -> Iterator[Interrupt]:
-    """Inside the block the first Ctrl-C (or a termination signal) only asks; the second stops at once."""
+    """Inside the block the first Ctrl-C (or a signal to end, or of a terminal that closes) only asks; a second Ctrl-C stops at once.
+
+    What was told to be ignored stays so, as SIGHUP by nohup.
+    """
     interrupt = Interrupt(out)
-    signals = [signal.SIGINT, signal.SIGTERM]
-    before = {s: signal.signal(s, interrupt) for s in signals}
+    signals = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    before = {s: signal.signal(s, interrupt) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
     try:
         yield interrupt
     finally:
@@ -167,6 +171,8 @@ class Interrupt:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if number not in (signal.SIGINT, signal.SIGTERM):  # a terminal that closes says so more than once
+                return
             sys.stderr.write("\nstopped at once; the last checkpoint is kept.\n")
             os._exit(130)
         self.asked = True

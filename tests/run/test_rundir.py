@@ -27,12 +27,13 @@ def run(make_recipe: Callable[..., Recipe], tmp_path: Path) -> RunDir:
 
 
 def test_a_run_is_made_whole_and_never_overwritten(run: RunDir, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    assert RunDir.open(run.path).environment() == {"format": FORMAT, **ENVIRONMENT}
+    made = {"format": FORMAT, "run": run.id, "place": str(run.path), **ENVIRONMENT}
+    assert RunDir.open(run.path).environment() == made and RunDir.open(run.path).id == run.id
     with pytest.raises(RunError, match="exists already: go on with --resume, replace it with --force"):
         RunDir.create(run.path, make_recipe(), ENVIRONMENT)
     (run.path / "old.txt").write_text("from before")
     RunDir.create(run.path, make_recipe(), ENVIRONMENT, force=True)
-    assert sorted(path.name for path in run.path.iterdir()) == ["environment.json", "recipe.toml"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["environment.json", "manifest.json", "recipe.toml"]
     with pytest.raises(RunError, match="isn't a run directory"):
         RunDir.open(tmp_path)
     (tmp_path / "file").write_text("")
@@ -41,6 +42,7 @@ def test_a_run_is_made_whole_and_never_overwritten(run: RunDir, make_recipe: Cal
 
 
 def test_a_run_of_a_newer_iqlite_is_refused_and_one_without_a_format_opens(run: RunDir) -> None:
+    (run.path / "manifest.json").unlink()  # as 0.1.0 left a run
     for made, opens in (({}, True), ({"format": FORMAT}, True), ({"format": FORMAT + 1}, False)):
         (run.path / "environment.json").write_text(json.dumps(made | ENVIRONMENT))
         with contextlib.nullcontext() if opens else pytest.raises(RunError, match="made by a newer iqlite"):
@@ -84,9 +86,9 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(run: RunDir) -> None:
 
     with pytest.raises(RunError, match="no space left on its disk: free some space, then go on with --resume"):
         run.save_folder(run.best, fail)
-    assert [path.name for path in run.best.iterdir()] == ["good"]
+    assert sorted(path.name for path in run.best.iterdir()) == ["good", "manifest.json"]
     run.save_folder(run.best, write("better"))
-    assert [path.name for path in run.best.iterdir()] == ["better"]
+    assert sorted(path.name for path in run.best.iterdir()) == ["better", "manifest.json"]
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
 
 
@@ -118,6 +120,7 @@ def test_a_resumed_recipe_must_be_the_run_s(run: RunDir, make_recipe: Callable[.
     assert run.recipe().judge.measure == "shorter" and run.recipe().train == make_recipe().train
     whole = (run.path / "recipe.toml").read_text()
     (run.path / "recipe.toml").write_text(whole + "[judge]\n")
+    (run.path / "manifest.json").unlink()  # as who has changed it is told to
     with pytest.raises(RecipeError, match=r"recipe\.toml isn't valid TOML"):
         run.recipe()
     (run.path / "recipe.toml").write_text(whole)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WINGS = (
-    "errors", "records", "places", "unforeseen", "terminal", "device",
+    "errors", "integrity", "streams", "records", "places", "unforeseen", "terminal", "device",
     "method", "base", "model", "recipe", "machine", "scoring", "run", "training",
     "chat", "export", "baselines", "evaluation", "aim", "showing", "api", "commands", "cli",
 )  # fmt: skip
