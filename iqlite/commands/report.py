@@ -33,7 +33,8 @@ def report(
 
     What was trained and how to repeat it, answers before and after with every token's reward, curves, the comparison, stability, memory and time.
     """
-    from iqlite.run.files import check_place, explained, write_whole
+    from iqlite.integrity import write_whole
+    from iqlite.run.files import check_place, explained
     from iqlite.run.rundir import RunDir
 
     opened = [RunDir.open(path) for path in runs]

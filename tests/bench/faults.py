@@ -88,8 +88,8 @@ def call(folder: Path, arguments: Sequence[str], at: int = -1, kind: int = COUNT
             os._exit(code)
     said.unlink(missing_ok=True)
     _, status = os.waitpid(process, 0)
-    seen, text = json.loads(said.read_text("utf-8")) if said.is_file() else (0, "")
-    return os.waitstatus_to_exitcode(status), text, seen
+    seen, printed = json.loads(said.read_text("utf-8")) if said.is_file() else (0, "")
+    return os.waitstatus_to_exitcode(status), printed, seen
 
 
 def steady(run: Path) -> dict[str, Any]:
