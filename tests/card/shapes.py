@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,11 +105,11 @@ def _steps(card: PlayedCard, session: Session, full_length: Callable[[Rollout], 
     requests = list(session.train.requests[: min(most, work.prompts)])
     for step in range(1, steps + 1):
         made: list[Any] = []
-        yield _measured(card, "rollout", planned, lambda: made.append(session.answers("policy", requests, session.sampler("train"), step=step)))  # noqa: B023
-        rollout = full_length(made[0])
+        answer = partial(session.answers, "policy", requests, session.sampler("train"), step=step)
+        yield _measured(card, "rollout", planned, lambda answer=answer, made=made: made.append(answer()))
+        rollout: Rollout = full_length(made[0])
         yield _measured(card, "reading", planned, lambda: made.append(read(session.policy, session.chat, rollout, session.readings, sizes)))  # noqa: B023
         yield _measured(card, "update", planned, lambda: update(session, optimizer, rollout, made[1], 1e-4))  # noqa: B023
-        del rollout
     if evaluates:
         asked = list(session.eval.requests[: session.recipe.prompts.eval_count])
         answers = full_length(session.answers("policy", asked, session.sampler("eval")))
@@ -158,7 +159,9 @@ def _session(
     def full_length(rollout: Rollout) -> Rollout:
         rows, new = len(rollout.index), recipe.rollout.max_new_tokens
         tokens_BT = torch.full((rows, new), TOKEN)
-        return replace(rollout, tokens_BT=tokens_BT, mask_BT=torch.ones_like(tokens_BT, dtype=torch.bool), ended_B=torch.zeros(rows, dtype=torch.bool))
+        return replace(
+            rollout, tokens_BT=tokens_BT, mask_BT=torch.ones_like(tokens_BT, dtype=torch.bool), ended_B=torch.zeros(rows, dtype=torch.bool)
+        )
 
     return session, full_length
 
@@ -217,7 +220,9 @@ def _empty(card: PlayedCard, *shape: int, dtype: torch.dtype) -> Card:
 def _quantised(card: PlayedCard, linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     out, inside = linear.out_features, linear.in_features
     with torch.device("meta"):
-        layer = bnb.nn.Linear4bit(inside, out, bias=linear.bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+        layer = bnb.nn.Linear4bit(
+            inside, out, bias=linear.bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
+        )
     blocks = out * inside // 64
     state = QuantState(
         absmax=_empty(card, blocks, dtype=torch.uint8), shape=torch.Size((out, inside)), code=_empty(card, 16, dtype=torch.float32), blocksize=64,
