@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.commands import bench, chat, compare, export, init, merge, plan, probe, recipe, train
+from iqlite.commands import bench, chat, compare, export, init, merge, plan, probe, recipe, serve, train
 from iqlite.commands.options import Verb, Verbs
 from iqlite.errors import IqliteError
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, compare, init, recipe, plan, probe, bench, chat, merge, export):
+for module in (train, compare, init, recipe, plan, probe, bench, chat, serve, merge, export):
     name = module.__name__.rpartition(".")[2]
     app.command(name, cls=Verb, epilog="\b\nExamples:\n  " + "\n  ".join(module.EXAMPLES))(getattr(module, name))
 
