@@ -28,13 +28,17 @@ CLOSING = ApiError(503, "the server is closing.", code="closing")
 
 
 class Batcher:
-    """The queue and its thread. `room` is how many answers may wait; `entering` counts requests that are on their way into it."""
+    """The queue and its thread. `room` is how many answers may wait; `entering` counts those that are on their way into it.
+
+    `model` is held while the model answers: its roles are nobody else's then.
+    """
 
     def __init__(self, voices: Voices, sizes: Sizes, *, room: int):
         self.voices, self.sizes, self.room = voices, sizes, room
         self.queue: list[Answer] = []
         self.entering = 0
         self.tokens = 0  # drawn since the start
+        self.model = threading.Lock()
         self._more = threading.Condition()
         self._closing = False
         self._rows = sizes.rows
@@ -77,7 +81,8 @@ class Batcher:
     def _run(self) -> None:
         while batch := self._next():
             try:
-                self._answer(batch)
+                with self.model:
+                    self._answer(batch)
             except Exception as error:  # noqa: BLE001 - one batch's fault must not silence the server
                 self._failed(batch, error)
 

@@ -8,12 +8,14 @@ import html
 import re
 from importlib.resources import files
 
+from iqlite.terminal import harmless
+
 NAME = "{{ name }}"
 
 
 def page(name: str) -> str:
     """The page of a server that serves `name`."""
-    return (files("iqlite.serving") / "page.html").read_text("utf-8").replace(NAME, html.escape(name))
+    return (files("iqlite.serving") / "page.html").read_text("utf-8").replace(NAME, html.escape(harmless(name)))
 
 
 def headers(text: str) -> dict[str, str]:

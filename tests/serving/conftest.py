@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Served:
     batcher: Batcher
     run: RunDir
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         """The real client, which doesn't try again by itself."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
