@@ -7,7 +7,7 @@ Knows nothing of rollouts, sessions and recipes. Prompts are padded on the left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,12 +29,13 @@ def draw(
     sampler: Sampler,
     step: int,
     index: Sequence[int],
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], Tensor | None, None]:
     """Position by position (which of the B answers go on [b], their next ids [b]), on the host, until all have ended.
 
     `prompts` are the ids of B requests under each reading, `shared` the ids that a reading's requests may begin with; `predict` makes
     logits [b, V] of the readings' last hidden states [b, D]. `index` (the requests' numbers) and `step` key the noise. An answer that
-    has ended repeats a stop id until it leaves the batch. Inside a role block, which must last as long as the answers are drawn.
+    has ended repeats a stop id until it leaves the batch. Who draws may send back which of them end here [b] (bool, on the host), beside
+    those that drew a stop id. Inside a role block, which must last as long as the answers are drawn.
     """
     new, device = sampler.max_new_tokens, forward.device
     rows = [ids for requests in prompts.values() for ids in requests]
@@ -60,8 +61,8 @@ def draw(
         uniform_b = noise(sampler.seed, sampler.stream, step, numbers, position)
         token_b = choose(logits_bV, uniform_b, sampler.temperature, sampler.top_p).cpu()
         token_b = torch.where(ended_b, stop[0], token_b)
-        yield which_b, token_b
-        ended_b = torch.isin(token_b, stop)
+        enough_b = yield which_b, token_b
+        ended_b = torch.isin(token_b, stop) | ended_b if enough_b is None else torch.isin(token_b, stop) | ended_b | enough_b
         if bool(ended_b.all()):
             return
         ids_RL, position_RL = token_b.repeat(len(prompts))[:, None].to(device), position_RL[:, -1:] + 1

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 WINGS = (
     "errors", "integrity", "streams", "records", "places", "unforeseen", "terminal", "device",
     "method", "base", "model", "recipe", "machine", "scoring", "run", "training",
-    "chat", "export", "baselines", "evaluation", "aim", "showing", "api", "commands", "cli",
+    "chat", "export", "serving", "baselines", "evaluation", "aim", "showing", "api", "commands", "cli",
 )  # fmt: skip
 """A wing imports only wings before it; docs/architecture.md says in a sentence what each is about."""
 MODULES = sorted((ROOT / "iqlite").rglob("*.py"))
