@@ -29,6 +29,7 @@ def exists(path: Path) -> bool:
 def check_no_link(path: Path, option: str) -> None:
     """IqliteError for a symbolic link, or one where the new folder is made: what it leads to isn't replaced."""
     for one in (path, path.with_name(f".making-{path.name}")):
+        exists(one)  # says what the system can't take as a path
         if one.is_symlink():
             raise IqliteError(
                 f"{one} is a symbolic link, which isn't followed to replace what is there: remove it, or name another {option}."

@@ -179,9 +179,9 @@ def test_adapters_that_don_t_fit_are_refused_with_the_reason(tiny: Callable[...,
     said = refusal(tmp_path / "theirs")
     assert "other-base" in said and str(tiny()) in said  # names both
     assert "was trained on" in refusal(saved_by_peft(tmp_path / "elsewhere", tmp_path / "other-base"))
-    assert "isn't a plain LoRA" in refusal(saved_by_peft(tmp_path / "dora", tiny(), use_dora=True))
+    assert "is a DoRA" in refusal(saved_by_peft(tmp_path / "dora", tiny(), use_dora=True))
     assert "isn't a plain LoRA" in refusal(saved_by_peft(tmp_path / "bias", tiny(), bias="lora_only"))
-    assert "isn't a plain LoRA" in refusal(saved_by_peft(tmp_path / "saved", tiny(), modules_to_save=["lm_head"]))
+    assert "holds whole modules" in refusal(saved_by_peft(tmp_path / "saved", tiny(), modules_to_save=["lm_head"]))
     pickled = saved_by_peft(tmp_path / "pickled", tiny())
     torch.save({}, pickled / "adapter_model.bin")
     (pickled / "adapter_model.safetensors").unlink()
