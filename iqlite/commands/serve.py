@@ -15,8 +15,7 @@ from iqlite.terminal import console as terminal
 
 EXAMPLES = (
     "iqlite serve runs/cheerful-135m",
-    "iqlite serve runs/kind runs/kind-2 --port 8000",
-    "iqlite serve runs/kind --host 0.0.0.0 --key $(openssl rand -hex 24)",
+    "iqlite serve runs/kind --host 0.0.0.0 --key LONG-RANDOM-WORD",
 )
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from iqlite import integrity
 from iqlite.base.loading import load_base
 from iqlite.export.card import MANIFEST
 from iqlite.export.merge import Merge, as_trained, write_safetensors
@@ -158,6 +159,7 @@ def test_what_can_t_be_merged_is_one_sentence(
     swapped = make_run("swapped")
     shutil.rmtree(swapped.adapter)
     shutil.copytree(other.adapter, swapped.adapter)
+    (swapped.adapter / integrity.MANIFEST).unlink()  # as an older version wrote it
     cases: list[tuple[list[Any], list[str]]] = [
         (["merge", "nothing", "-o", "merged"], ["nothing", "isn't a run"]),
         (["merge", "run", "-o", ".", "--force"], ["-o .", "of its own"]),
@@ -182,6 +184,7 @@ def test_layers_of_different_rank_are_refused(make_run: Callable[..., RunDir], i
     run = make_run()
     file = run.adapter / "adapter_config.json"
     config = json.loads(file.read_text())
+    (run.adapter / integrity.MANIFEST).unlink()  # changed by its owner, who says so
     file.write_text(json.dumps(config | {"rank_pattern": {"q_proj": 2}}))
     assert "rank_pattern" in iqlite("merge", run.path, "-o", "merged")[2]
     file.write_text(json.dumps(config | {"use_dora": True}))
