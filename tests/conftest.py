@@ -7,12 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ["IQLITE_CACHE"] = tempfile.mkdtemp(prefix="iqlite-")  # what a user, or another version, has kept is none of a test's
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on the same cores: threads of each would wait for one another
 
 import pytest
 
@@ -25,9 +27,7 @@ from iqlite.training.session import Session
 from tests.helpers.tiny import save_tiny, shake
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cache() -> Iterator[None]:
-    yield
+def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["IQLITE_CACHE"], ignore_errors=True)
 
 
