@@ -1,0 +1,74 @@
+"""Decoding by equal steps: the same ids as the plain loop, also where a recording of a step is replayed, as a CUDA graph is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iqlite.chat.superior import superior_answers
+from iqlite.model import decoding, steady
+from iqlite.model.sampling import Sampler
+from iqlite.records import Rollout
+from iqlite.training.session import Session
+from tests.helpers.recorded import Recording
+from tests.helpers.tiny import shake
+from tests.model.test_decoding import SHOWN, answers
+
+ENDS = tuple(range(0, 256, 12))
+REQUESTS = [({"role": "user", "content": "why? " * (1 + number % 3)},) for number in range(8)]
+NEW = 16
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Steps are recorded and replayed on the CPU, over short spans and with frequent looks; the recordings made so far."""
+    made: list[Recording] = []
+
+    def repeated(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        step()
+        made.append(Recording(step))
+        return made[-1].replay
+
+    monkeypatch.setattr(steady, "repeated", repeated)
+    monkeypatch.setattr(steady, "SPAN", 8)
+    monkeypatch.setitem(decoding.draw.__kwdefaults__, "every", 3)
+    return made
+
+
+def opened(make_session: Callable[..., Session], base: Path, **tables: Any) -> Session:
+    """A session that answers all requests in one batch, rows of several lengths that end early and apart."""
+    session = make_session(model={"base": str(base)}, **tables)
+    shake(session.policy)
+    session.chat.stop_ids = ENDS
+    return replace(session, sizes=replace(session.sizes, rows=64, rollout_tokens=100_000, fold=False))
+
+
+def both_ways(session: Session, draw: Callable[[], Rollout]) -> tuple[list[list[int]], list[list[int]]]:
+    """Answers of the plain loop, and of equal steps."""
+    found = []
+    for steadily in (False, True):
+        session.policy.forward.steady = steadily
+        found.append(answers(draw()))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+def test_under_every_sampler_and_several_readings(
+    temperature: float, top_p: float, make_session: Callable[..., Session], tiny: Callable[..., Path], replays: list[Recording]
+) -> None:
+    session = opened(make_session, tiny(), behavior={"demonstrations": SHOWN})
+    sampler = Sampler(1, NEW, temperature, top_p)
+    ways: dict[str, Callable[[], Rollout]] = {
+        "superior": lambda: superior_answers(session, REQUESTS, sampler),
+        "policy": lambda: session.answers("policy", REQUESTS, sampler),
+    }
+    for who, draw in ways.items():
+        made = len(replays)
+        plain, steps = both_ways(session, draw)
+        assert steps == plain, who
+        assert len(replays) > made + 1
