@@ -127,7 +127,7 @@ def repeated(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 @cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
     """The stream that graphs are recorded on: one, since libraries keep their workspaces for each."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

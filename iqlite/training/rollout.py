@@ -79,7 +79,7 @@ def sample_readings(
     lengths = [max(map(len, readings)) for readings in zip(*prompts.values(), strict=True)]
     # Prompts of like length decode together, longest first: the least padding, and the largest batch comes before the others.
     order = sorted(range(len(plain)), key=lambda row: -lengths[row])
-    with policy.acting_as(role, folded=sizes.fold and new >= FOLD_FROM):
+    with policy.acting_as(role, decoding=new >= FOLD_FROM, folded=sizes.fold and new >= FOLD_FROM):
         at = 0
         while at < len(order):
             longest = lengths[order[at]] + new

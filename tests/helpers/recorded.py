@@ -25,7 +25,9 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f"{function} waits for the host"
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), (
+            f"{function} waits for the host"
+        )
         if function._schema.is_mutable:
             for argument, value in zip(function._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:

@@ -36,7 +36,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     monkeypatch.setattr(steady, "repeated", repeated)
     monkeypatch.setattr(steady, "SPAN", 8)
-    monkeypatch.setitem(decoding.draw.__kwdefaults__, "every", 3)
+    monkeypatch.setitem(decoding.draw.__kwdefaults__ or {}, "every", 3)
     return made
 
 
