@@ -131,7 +131,7 @@ def fusible(decoder: nn.Module, dtype: torch.dtype) -> dict[Any, float]:
 
 
 def _same(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
-    x = torch.linspace(-3, 5, 4 * len(weight), dtype=torch.float32).view(4, -1).to(weight)
+    x = torch.linspace(-3, 5, 4 * len(weight)).view(4, -1).to(weight.device, weight.dtype)
     with torch.no_grad():
         own, fused = module(x).float(), _norm(module, epsilon, x).float()
     return bool(((own - fused).abs() <= NORM_ULPS * torch.finfo(weight.dtype).eps * own.abs() + 1e-30).all())
