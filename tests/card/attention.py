@@ -22,7 +22,9 @@ def attend(
         return REAL(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     for name, tensor in (("key", key), ("value", value)):
         if not isinstance(tensor, Card) or tensor.dtype != query.dtype:
-            raise RuntimeError(f"Expected query, key, and value to have the same dtype and device, {name}: {tensor.dtype}, query: {query.dtype} [played]")
+            raise RuntimeError(
+                f"Expected query, key, and value to have the same dtype and device, {name}: {tensor.dtype}, query: {query.dtype} [played]"
+            )
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         raise RuntimeError(f"Expected attn_mask dtype to be bool or to match query dtype, but got {attn_mask.dtype} [played]")
     kernel = kernel_of(query, key, value, attn_mask, is_causal, enable_gqa)

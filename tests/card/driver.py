@@ -38,6 +38,8 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
         module = torch.get_device_module(card.device)
         for name, value in _functions(card).items():
             patch(module, name, value)
+            if "rng_state" in name:
+                patch(module.random, name, value)
         if card.device.type == "cuda":
             patch(torch.version, "cuda", "12.8")
             patch(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
@@ -49,7 +51,9 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
         patch(torch.nn.functional, "scaled_dot_product_attention", attend)
         patch(torch, "autocast", Autocast)
         patch(torch.amp, "autocast", Autocast)
-        patch(transformers.AutoModelForCausalLM, "from_pretrained", staticmethod(_loading(transformers.AutoModelForCausalLM.from_pretrained)))
+        patch(
+            transformers.AutoModelForCausalLM, "from_pretrained", staticmethod(_loading(transformers.AutoModelForCausalLM.from_pretrained))
+        )
         patch(functional, "get_paged", _paged)
         patch(functional, "fill", lambda a, value, **_: a.fill_(value))
         patch(functional, "prefetch_tensor", lambda a, to_cpu=False: None)
@@ -132,7 +136,9 @@ def _on_the_host_first(make: Any) -> Any:
 def _loading(load: Any) -> Any:
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
         if isinstance(places := kwargs.get("device_map"), dict):  # a number alone asks C++ which kind of device there is
-            kwargs["device_map"] = {key: f"{playing().device.type}:{value}" if isinstance(value, int) else value for key, value in places.items()}
+            kwargs["device_map"] = {
+                key: f"{playing().device.type}:{value}" if isinstance(value, int) else value for key, value in places.items()
+            }
         return load(*args, **kwargs)
 
     return from_pretrained
@@ -141,7 +147,22 @@ def _loading(load: Any) -> Any:
 # -- autocast: C++'s doesn't see played tensors
 
 NARROW = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"}
-WIDE = {"softmax", "log_softmax", "cross_entropy", "nll_loss", "kl_div", "exp", "log", "pow", "sum", "logsumexp", "cumsum", "prod", "norm", "layer_norm"}
+WIDE = {
+    "softmax",
+    "log_softmax",
+    "cross_entropy",
+    "nll_loss",
+    "kl_div",
+    "exp",
+    "log",
+    "pow",
+    "sum",
+    "logsumexp",
+    "cumsum",
+    "prod",
+    "norm",
+    "layer_norm",
+}
 
 
 class _Casting(TorchFunctionMode):
@@ -218,7 +239,9 @@ def _params4bit(cls: Any, data: Any = None, requires_grad: bool = False, **attri
     return made
 
 
-def _from_prequantized(data: Tensor, quantized_stats: Any, requires_grad: bool = False, device: Any = "cuda", module: Any = None, **_: Any) -> Any:
+def _from_prequantized(
+    data: Tensor, quantized_stats: Any, requires_grad: bool = False, device: Any = "cuda", module: Any = None, **_: Any
+) -> Any:
     state = functional.QuantState.from_dict(qs_dict=quantized_stats, device=torch.device(device))
     made = _params4bit(
         None, data.to(device), blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type, quant_state=state,
@@ -242,7 +265,9 @@ def _product(self: PlayedCard, func: Any, args: Any, kwargs: dict[str, Any]) -> 
     if func is torch.ops.bitsandbytes.gemm_4bit.default and isinstance(args[0], Card):
         a, (n, k) = args[0], (args[2][0], args[0].shape[-1])
         rows = a.numel() // k
-        fused = rows <= MOST_ROWS and k % args[4] == 0 and fused_4bit(self.model.capability, self.model.multiprocessors, a.dtype, rows, n, k)
+        fused = (
+            rows <= MOST_ROWS and k % args[4] == 0 and fused_4bit(self.model.capability, self.model.multiprocessors, a.dtype, rows, n, k)
+        )
         self.counts.products[f"{'fused' if fused else 'dequantised'}, {rows} rows"] += 1
         self.counts.bytes += n * k / 2 + n * k / 64 + (a.numel() + rows * n) * a.element_size()
         if fused:

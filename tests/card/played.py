@@ -76,6 +76,9 @@ class Card(Tensor):
         playing().wait("tolist")
         return known(self).tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:  # saved as what it is on the host; who loads it moves it
+        return known(self).__reduce_ex__(protocol)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Card({tuple(self.shape)}, {self.dtype}, {'shape only' if self.inner.is_meta else known(self)})"
 
@@ -126,7 +129,12 @@ class Counts:
 
     def since(self, before: Counts) -> Counts:
         """What came after `before`, a copy taken then."""
-        pairs = ((self.kernels, before.kernels), (self.waits, before.waits), (self.attention, before.attention), (self.products, before.products))
+        pairs = (
+            (self.kernels, before.kernels),
+            (self.waits, before.waits),
+            (self.attention, before.attention),
+            (self.products, before.products),
+        )
         return Counts(*(now - then for now, then in pairs), self.bytes - before.bytes)
 
 
@@ -203,6 +211,7 @@ class PlayedCard(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation, on the card if one of its tensors or the asked device is there."""
+        kwargs.pop("pin_memory", None)
         given = flattened(args, kwargs)
         cards = [x for x in given if isinstance(x, Card)]
         device = None if (asked := kwargs.get("device")) is None else torch.device(asked)
@@ -210,7 +219,11 @@ class PlayedCard(TorchDispatchMode):
             device = self.device  # from C++, which takes a Card for a tensor on meta
             kwargs = {**kwargs, "device": device}
         if not cards and (device is None or device.type != self.device.type):
-            of_a_number = device is not None and device.type == "meta" and func in (aten.scalar_tensor.default, aten.full.default, aten.empty.memory_format)
+            of_a_number = (
+                device is not None
+                and device.type == "meta"
+                and func in (aten.scalar_tensor.default, aten.full.default, aten.empty.memory_format)
+            )
             if self.numbers and of_a_number and not (isinstance(args[0], (list, tuple)) and args[0]):
                 return self.own(func(*args, **{**kwargs, "device": torch.device("cpu")}))  # a Python number beside a Card
             return func(*args, **kwargs)
@@ -227,19 +240,21 @@ class PlayedCard(TorchDispatchMode):
             self.wait(name)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
             return self._indexed(func, name, args, kwargs)
-        strangers = [x for x in given if isinstance(x, Tensor) and not isinstance(x, Card) and x.dim() and not getattr(x, "is_paged", False)]
+        strangers = [
+            x for x in given if isinstance(x, Tensor) and not isinstance(x, Card) and x.dim() and not getattr(x, "is_paged", False)
+        ]
         if cards and strangers and name not in HOST_TENSORS:
             shapes = [tuple(x.shape) for x in strangers]
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {self.device} and cpu! ({func}: {shapes}) [played]")
-        if name == "mm" and "out_dtype" in {a.name for a in func._schema.arguments}:
-            func, args = _wide_product, (args[0], args[1], args[2])
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {self.device} and cpu! ({func}: {shapes}) [played]"
+            )
         return self._done(func, name, args, kwargs)
 
     def _done(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         given = flattened(args, kwargs)
         shapes_only = any(isinstance(x, Card) and x.inner.is_meta for x in given)
-        schema = getattr(func, "_schema", None)
-        writes = schema is not None and schema.is_mutable
+        schema = func._schema
+        writes = schema.is_mutable
         written = {i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write} if writes else set()
         if shapes_only and writes:
             target = next((args[i] for i in sorted(written) if i < len(args)), None)
@@ -255,10 +270,10 @@ class PlayedCard(TorchDispatchMode):
                 return shape_of(x) if shapes_only else x
             return where if isinstance(x, torch.device) else x
 
-        inner_kwargs = {key: _mapped(plain, value) for key, value in kwargs.items() if key != "pin_memory"}
-        out = func(*(_mapped(plain, x) for x in args), **inner_kwargs)
-        if schema is not None:
-            self._count(func, name, given, out)
+        inner_kwargs = {key: _mapped(plain, value) for key, value in kwargs.items()}
+        compute = _wide_product if func._overloadname.startswith("dtype") and name in ("mm", "bmm", "addmm", "baddbmm") else func
+        out = compute(*(_mapped(plain, x) for x in args), **inner_kwargs)
+        self._count(func, name, given, out)
         mine = {id(x.inner): x for x in given if isinstance(x, Card)}
         if writes:  # returns the very tensor that it was given to write to
             sources = [args[i] if i < len(args) else kwargs.get(schema.arguments[i].name) for i in sorted(written)]
@@ -383,10 +398,13 @@ def _makes_numbers(name: str, given: list[Any], args: Any, kwargs: dict[str, Any
     return bool(dtype.is_floating_point)
 
 
-def _wide_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """cuBLAS' product of 16-bit matrices with a result of 32 bits, which CPUs haven't."""
-    playing().kernel("mm", 1, a, b)
-    return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype) if a.is_meta else a.to(out_dtype) @ b.to(out_dtype)
+def _wide_product(*args: Any, out: Tensor | None = None, alpha: float = 1, beta: float = 1) -> Tensor:
+    """cuBLAS' product of 16-bit matrices with a result of 32 bits, which CPUs haven't: [summand,] matrix, matrix, type."""
+    *summand, a, b, dtype = args
+    made = alpha * (a.to(dtype) @ b.to(dtype))
+    for one in summand:
+        made += beta * one
+    return made if out is None else out.copy_(made)
 
 
 def _size(tensor: Tensor) -> str:
