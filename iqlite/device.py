@@ -1,7 +1,7 @@
 """Which device this is, and what it says of itself. The only module that asks torch about one.
 
-`torch.get_device_module` gives CUDA's and ROCm's functions, XPU's, and what MPS has of them, under one name: a new kind of device is a line in
-`here`, and in `free_memory` where it counts differently.
+`torch.get_device_module` gives CUDA's and ROCm's functions and XPU's under one name; MPS has few of them, and its memory is the computer's.
+Only CUDA's are played in tests; what is here for the others was written from PyTorch's and bitsandbytes' sources and is untried.
 """
 
 from __future__ import annotations
@@ -17,19 +17,53 @@ from typing import Any
 
 import torch
 
+ALLOCATOR = {True: "PYTORCH_ALLOC_CONF", False: "PYTORCH_CUDA_ALLOC_CONF"}  # what torch reads, by whether it is 2.9 or newer
+FROM_AMPERE = (8, 0)  # compute capability
+
 
 def here() -> tuple[torch.device, torch.dtype]:
-    """Where the base lives and what it computes in: CUDA with bfloat16, else float16; a CPU with float32."""
-    if torch.cuda.is_available():
+    """Where the base lives and what it computes in: a card with bfloat16, else float16; a CPU with float32."""
+    if torch.cuda.is_available():  # ROCm's cards too
+        ask_for_expandable_segments()
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16 if native else torch.float16
+    if torch.xpu.is_available():
+        return torch.device("xpu", torch.xpu.current_device()), torch.bfloat16
+    if torch.backends.mps.is_available():
+        return torch.device("mps", 0), torch.float16  # with bfloat16 the oldest of them would compute in float32
     return torch.device("cpu"), torch.float32
+
+
+def ask_for_expandable_segments() -> None:
+    """Asks CUDA's allocator for memory that grows in place, before it has given any: widths are chosen to the brim, and pieces of fixed size
+    leave gaps that nothing fits. What the user has set stays. Windows and ROCm haven't got it."""
+    if torch.version.cuda is None or os.name == "nt" or any(name in os.environ for name in ALLOCATOR.values()):
+        return
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    os.environ[ALLOCATOR[newer]] = "expandable_segments:True"
+
+
+def is_card(device: torch.device) -> bool:
+    """True for all but a CPU."""
+    return device.type != "cpu"
+
+
+def multiplies_into_float32(device: torch.device) -> bool:
+    """True where a product of 16-bit matrices can have a float32 result (cuBLAS)."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def fuses_grouped_attention(device: torch.device) -> bool:
+    """True where attention kernels take fewer keys than queries: from Ampere on; older cards would compute all of it in float32."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= FROM_AMPERE
 
 
 def name_of(device: torch.device) -> str:
     """The card's name, or the CPU's architecture and threads."""
     if device.type == "cpu":
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "mps":
+        return f"{platform.machine()} GPU"
     return str(_module(device).get_device_name(device))
 
 
@@ -46,20 +80,27 @@ def free_memory(device: torch.device) -> float:
         limit = Path("/sys/fs/cgroup/memory.max")  # a container's
         text = limit.read_text("utf-8").strip() if limit.exists() else "max"
         return min(free, float(text)) if text.isdigit() else free
-    free, total = torch.cuda.mem_get_info(device)
-    used = torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    module = _module(device)
+    free, total = module.mem_get_info(device)
+    used = module.memory_reserved(device)
     if os.name == "nt":
-        torch.cuda.set_per_process_memory_fraction(min(torch.cuda.get_per_process_memory_fraction(device), (free + used) / total), device)
-    return float(min(free + used, torch.cuda.get_per_process_memory_fraction(device) * total))
+        module.set_per_process_memory_fraction(min(module.get_per_process_memory_fraction(device), (free + used) / total), device)
+    return float(min(free + used, module.get_per_process_memory_fraction(device) * total))
 
 
 def total_gib(device: torch.device) -> float:
     """Memory of a card, GiB."""
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory()) / 2**30
     return float(_module(device).get_device_properties(device).total_memory) / 2**30
 
 
 def peak_gib(device: torch.device) -> float:
     """Highest memory of this process so far, GiB: allocated on the card, or resident on a CPU."""
+    if device.type == "mps":  # it keeps what it had, and no record of the peak
+        return float(torch.mps.driver_allocated_memory()) / 2**30
     if device.type != "cpu":
         return float(_module(device).max_memory_allocated(device)) / 2**30
     try:
@@ -73,7 +114,9 @@ def peak_gib(device: torch.device) -> float:
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given; a CPU has."""
-    if device.type != "cpu":
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
         _module(device).synchronize(device)
 
 

@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from iqlite.base.anatomy import FAULTS, Anatomy, auto_class
+from iqlite.base.attention import repeat_keys
 from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
 from iqlite.base.shape import context_of
 from iqlite.base.stored_types import check_files, is_packed
-from iqlite.device import here, total_gib
+from iqlite.device import fuses_grouped_attention, here, is_card, total_gib
 from iqlite.errors import BaseError, first_line
 
 
@@ -95,8 +96,8 @@ def load_base(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    if device.type == "cuda":
-        options["device_map"] = {"": device.index}
+    if is_card(device):
+        options["device_map"] = {"": device.index if device.type == "cuda" else str(device)}
     tokenizer = read_tokenizer(source, name, revision)
     try:
         model, found = loader.from_pretrained(source, output_loading_info=True, **options)
@@ -112,6 +113,8 @@ def load_base(
         raise BaseError(f"base {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again.")
     model.requires_grad_(False)
     train_on_any_cpu(model)
+    if not fuses_grouped_attention(device):
+        repeat_keys(model)
     if embeddings == "host":
         embed_on_host(model)
     if quantization == "nf4":

@@ -16,7 +16,7 @@ import torch
 
 from iqlite.base.loading import Base, load_base
 from iqlite.baselines.ppo import eval_prompts
-from iqlite.device import let_go
+from iqlite.device import is_card, let_go
 from iqlite.errors import RunError
 from iqlite.model.template import Chat, Description
 from iqlite.recipe.pairs import Pair, answer_ids
@@ -246,10 +246,10 @@ def _trainer(name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], 
     from datasets import Dataset
     from peft import LoraConfig
 
-    cuda = base.device.type == "cuda"
+    card = is_card(base.device)
     options = dict(
-        output_dir=str(folder / TRAINER), max_steps=steps, per_device_train_batch_size=per_step, bf16=cuda, use_cpu=not cuda,
-        gradient_checkpointing=cuda, logging_steps=1, save_strategy="steps", save_steps=recipe.train.checkpoint_every, save_total_limit=1, report_to="none", seed=recipe.train.seed, disable_tqdm=True,
+        output_dir=str(folder / TRAINER), max_steps=steps, per_device_train_batch_size=per_step, bf16=card, use_cpu=not card,
+        gradient_checkpointing=card, logging_steps=1, save_strategy="steps", save_steps=recipe.train.checkpoint_every, save_total_limit=1, report_to="none", seed=recipe.train.seed, disable_tqdm=True,
         max_grad_norm=recipe.train.max_grad_norm,
     )  # fmt: skip
     lora = LoraConfig(r=recipe.adapter.rank, lora_alpha=recipe.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")

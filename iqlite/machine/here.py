@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from iqlite.device import free_memory
+from iqlite.device import free_memory, is_card
 from iqlite.machine.memory import CONTEXT
 from iqlite.machine.timing import card_here
 
@@ -24,4 +24,4 @@ def unused_card() -> str:
 
 def usable_memory(device: torch.device) -> float:
     """Bytes that a plan may fill on this device; the driver's context, which a plan counts, is there already and isn't free any more."""
-    return free_memory(device) + (CONTEXT["cuda"] if device.type == "cuda" else 0)
+    return free_memory(device) + (CONTEXT["cuda"] if is_card(device) else 0)

@@ -40,7 +40,7 @@ class Widths:
 class Work:
     """What a recipe asks of a machine: one step's sizes, and what is kept how. Token counts are the longest there may be."""
 
-    device: str  # cuda | cpu
+    device: str  # cpu | cuda, which stands for every card
     quantization: str
     on_card: bool  # the embedding table
     rank: int
@@ -57,13 +57,13 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe, shape: Shape, device: str) -> Work:
-        """A recipe's work on a device, the recipe's "auto"s resolved."""
+        """A recipe's work on a device of that type (torch's name), the recipe's "auto"s resolved."""
         train, rollout, superior = recipe.train, recipe.rollout, recipe.superior
         texts, readings = _descriptions(recipe)
         longest = max((_tokens(text) for text in texts), default=0)
         room = shape.context - rollout.max_new_tokens - longest
         return cls(
-            device=device,
+            device="cpu" if device == "cpu" else "cuda",
             quantization=recipe.model.quantization,
             on_card=device == "cpu" or shape.tied or recipe.model.embeddings == "card",
             rank=recipe.adapter.rank,
@@ -75,8 +75,8 @@ class Work:
             description_tokens=longest,
             new_tokens=rollout.max_new_tokens,
             readings=readings,
-            optimizer={"cuda": "paged-adamw-8bit", "cpu": "adamw"}[device] if train.optimizer == "auto" else train.optimizer,
-            checkpointing=device == "cuda" if train.checkpointing == "auto" else train.checkpointing == "on",
+            optimizer=usual_optimizer(device) if train.optimizer == "auto" else train.optimizer,
+            checkpointing=device != "cpu" if train.checkpointing == "auto" else train.checkpointing == "on",
         )
 
     @property
@@ -111,6 +111,11 @@ class Plan:
     def peak(self) -> float:
         """Bytes at the highest."""
         return self.total(self.sets_the_peak)
+
+
+def usual_optimizer(device: str) -> str:
+    """The optimizer that "auto" means: of 8 bits and paged where bitsandbytes has pages (CUDA, ROCm and XPU)."""
+    return "paged-adamw-8bit" if device in ("cuda", "xpu") else "adamw"
 
 
 def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:

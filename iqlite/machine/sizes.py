@@ -1,4 +1,4 @@
-"""How much is computed at once in each phase, and what happens when it was too much: halve, say so once, go on with the same result."""
+"""How much is computed at once in each phase, and what happens when it was too much: halve, say so once, go on with the same result but for rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Sizes:
     without a gradient. `update_tokens`: with one. `chunk_tokens`: tokens through the LM head. `fold`: on a CPU, decode with base and adapter added
     into one float32 matrix a layer.
 
-    They change memory and time, not the result (rounding and ties within rounding apart), so that they may shrink within a run.
+    They change memory and time, not the result but for rounding, so that they may shrink within a run. In 16 bits, rounding adds up: two runs of
+    other widths go their own ways after some steps, as two of other seeds do.
     """
 
     rows: int
@@ -92,7 +93,9 @@ class Attempt:
         fewer = rows // 2 * tokens
         setattr(self.sizes, self.which, fewer)
         let_go()
-        self.sizes.say(f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result stays the same.")
+        self.sizes.say(
+            f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result stays the same but for rounding."
+        )
 
 
 @contextmanager

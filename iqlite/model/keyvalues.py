@@ -56,7 +56,7 @@ def before_rows(prefixes: Sequence[Prefix | None]) -> Cache | None:
     if longest_of(prefixes) == 0:
         return None
     layers = next(len(prefix.keys) for prefix in prefixes if prefix is not None)
-    return Cache(layers=[_Before(*_started(prefixes, layer)) for layer in range(layers)])
+    return Cache(layers=[_Before(prefixes, layer) for layer in range(layers)])
 
 
 def longest_of(prefixes: Sequence[Prefix | None]) -> int:
@@ -86,15 +86,21 @@ def _laid_out(parts: Sequence[Tensor | None]) -> Tensor:
 
 
 class _Before(DynamicLayer):  # type: ignore[misc]
-    """A layer's prefix: it stands before what `update` is given, and stays as it is (so a recomputed forward sees the same)."""
+    """A layer's prefixes: they stand before what `update` is given, and stay as they are (so a recomputed forward sees the same).
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    Rows with different prefixes need copies of them, which are made here and not before: then they are there for one layer at a time.
+    """
+
+    def __init__(self, prefixes: Sequence[Prefix | None], layer: int):
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.prefixes, self.layer = prefixes, layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        keys, values = _started(self.prefixes, self.layer)
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def get_seq_length(self) -> int:
+        return longest_of(self.prefixes)
 
 
 class Decoding(Cache):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from iqlite.base.hub import offline_without_network
 from iqlite.base.loading import Base, load_base
 from iqlite.base.names import on_the_hub
 from iqlite.base.shape import Shape
-from iqlite.device import here
+from iqlite.device import here, is_card
 from iqlite.device import name_of as name_of_device
 from iqlite.errors import BaseError, PromptsError, RecipeError
 from iqlite.machine.fit import CAPS, choose, given_widths, refusal
@@ -160,7 +160,7 @@ def environment(session: Session) -> dict[str, Any]:
 def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     """The base with the trained adapter and what the estimator reads beside it."""
     train, superior = recipe.train, recipe.superior
-    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and base.device.type == "cuda")
+    checkpointing = train.checkpointing == "on" or (train.checkpointing == "auto" and is_card(base.device))
     if start is None and recipe.adapter.start is not None:
         start = recipe.folder / Path(recipe.adapter.start).expanduser()
     policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=train.seed, start=start, checkpointing=checkpointing)

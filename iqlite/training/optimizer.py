@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqlite.machine.memory import usual_optimizer
 from iqlite.model.policy import Policy
 from iqlite.training.monitors import NO_GRADIENT
 
@@ -22,10 +23,10 @@ COSINE_FLOOR = 0.1  # share of the peak learning rate at the end; our choice
 
 
 def make_optimizer(policy: Policy, name: str) -> torch.optim.Optimizer:
-    """AdamW without weight decay; `auto` is "adamw" on a CPU and "paged-adamw-8bit" on CUDA."""
+    """AdamW without weight decay; `auto` is what `memory.usual_optimizer` says."""
     parameters = list(policy.parameters.values())
     if name == "auto":
-        name = "paged-adamw-8bit" if policy.device.type == "cuda" else "adamw"
+        name = usual_optimizer(policy.device.type)
     if name == "paged-adamw-8bit":
         import bitsandbytes as bnb
 
@@ -87,3 +88,14 @@ def load_state_of(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):
+        _page(optimizer)
+
+
+def _page(optimizer: Any) -> None:
+    """Puts a paged optimizer's moments back into pages: bitsandbytes loads them as plain tensors of the card."""
+    for parameter, entries in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if parameter.device.type != "cpu" and name in entries:
+                buffer = optimizer.get_state_buffer(parameter, dtype=entries[name].dtype)
+                entries[name] = buffer.copy_(entries[name])

@@ -11,7 +11,7 @@ import torch
 
 from iqlite.base.names import shape_of
 from iqlite.base.shape import Shape
-from iqlite.device import name_of
+from iqlite.device import is_card, name_of
 from iqlite.machine.clock import Clock
 from iqlite.machine.fit import choose, given_widths
 from iqlite.machine.here import usable_memory
@@ -33,7 +33,7 @@ RATE = 1e-6  # of the updates; their cost is what counts
 
 def stream_rate(device: torch.device) -> float:
     """Bytes a second that a sum over a large array reads."""
-    numbers = torch.ones(STREAM_BYTES[device.type] // 4, device=device)
+    numbers = torch.ones(STREAM_BYTES["cuda" if is_card(device) else "cpu"] // 4, device=device)
     best = 0.0
     for _ in range(5):
         start = time.perf_counter()

@@ -169,4 +169,4 @@ def shake(policy: Policy, seed: int = 1) -> None:
     """Gives every LoRA matrix random values, so that the adapter has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.parameters.values():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
