@@ -31,7 +31,10 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     def repeated(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
         step()
-        made.append(Recording(step))
+        made.append(Recording())
+        with made[-1]:
+            step()
+        made[-1].rewind()
         return made[-1].replay
 
     monkeypatch.setattr(steady, "repeated", repeated)
