@@ -84,7 +84,7 @@ def sample_readings(
         while at < len(order):
             longest = lengths[order[at]] + new
             for attempt in sizes.attempts("rollout_tokens"):
-                part = order[at : at + max(1, sizes.together(longest) // len(prompts))]
+                part = order[at : at + max(1, sizes.together(longest, (len(order) - at) * len(prompts)) // len(prompts))]
                 some = {name: [ids[row] for row in part] for name, ids in prompts.items()}
                 with attempt.of(len(part), longest * len(prompts)):
                     drawn = draw(policy.forward, some, shared, predict, stop_ids, sampler, step, [index[row] for row in part])

@@ -37,7 +37,7 @@ class Recording(TorchDispatchMode):
     def _note(self, value: torch.Tensor) -> None:
         if _storage(value) in self.made | self.before.keys():
             return
-        whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())  # type: ignore[call-overload]
+        whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
         self.before[_storage(value)] = (whole, whole.clone())
 
     def rewind(self) -> None:
