@@ -10,6 +10,8 @@ import gc
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,51 @@ def let_go() -> None:
     device, _ = here()
     if device.type != "cpu":
         _module(device).empty_cache()
+
+
+def repeated(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Runs `step`, and returns what runs it again: on a CUDA card the replay of a graph, if it can be recorded as one; else `step` itself.
+
+    `step` works on the same memory each time, takes no decision by a number on the device, and may be repeated after it has failed.
+    """
+    if device.type != "cuda":
+        step()
+        return step
+    now, aside, waits = torch.cuda.current_stream(device), _aside(device), False
+    aside.wait_stream(now)
+    # The first run is the warm-up, on the stream that records. A recording that fails can leave the allocator in disorder, so torch tells first
+    # whether the step waits for the host. The outer block restores the stream, which `torch.cuda.graph` doesn't after an error.
+    with torch.cuda.stream(aside):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            waits = True
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        graph = None
+        if waits:
+            step()
+        else:
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                    step()
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                graph = None
+    now.wait_stream(aside)
+    return step if graph is None else graph.replay
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs are recorded on: one, since libraries keep their workspaces for each."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -83,8 +83,8 @@ class Speaker:
                 return session.scoring(policy.head, states)[0]
             return policy.head(states[""])
 
-        with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", folded=self.fold):
-            for _, token_1 in draw(policy.forward, prompts, shared, predict, stop_ids, sampler, attempt, [0]):
+        with _roomy(), policy.acting_as("policy" if voice == "policy" else "reference", decoding=True, folded=self.fold):
+            for _, token_1 in draw(policy.forward, prompts, shared, predict, stop_ids, sampler, attempt, [0], every=1):
                 if int(token_1) in stop_ids:
                     return
                 yield int(token_1)

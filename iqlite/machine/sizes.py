@@ -11,6 +11,7 @@ import torch
 
 from iqlite.device import is_out_of_memory, let_go
 from iqlite.errors import BaseError
+from iqlite.machine.timing import Fused
 from iqlite.recipe.schema import Recipe
 
 WORDS = {
@@ -26,7 +27,7 @@ class Sizes:
 
     `rows`, `rollout_tokens`: answers decoded together, capped by their count and by their tokens in all. `read_tokens`: tokens in a forward pass
     without a gradient. `update_tokens`: with one. `chunk_tokens`: tokens through the LM head. `fold`: on a CPU, decode with base and adapter added
-    into one float32 matrix a layer.
+    into one float32 matrix a layer. `fused`: how many rows a card decodes with 4-bit weights as they are; None where that doesn't matter.
 
     They change memory and time, not the result but for rounding, so that they may shrink within a run. In 16 bits, rounding adds up: two runs of
     other widths go their own ways after some steps, as two of other seeds do.
@@ -38,11 +39,12 @@ class Sizes:
     update_tokens: int
     chunk_tokens: int
     fold: bool = False
+    fused: Fused | None = field(default=None, compare=False)
     say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
 
     def record(self) -> dict[str, int]:
         """The numbers, for the run directory: a resumed run goes on with them."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "say"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("say", "fused")}
 
     def restore(self, record: dict[str, int]) -> None:
         """Puts recorded numbers back; whether to fold is this machine's."""
@@ -50,9 +52,10 @@ class Sizes:
             if name != "fold":
                 setattr(self, name, value)
 
-    def together(self, tokens: int) -> int:
-        """How many answers are decoded at once, if the longest may come to that many tokens with its prompt."""
-        return max(1, min(self.rows, self.rollout_tokens // tokens))
+    def together(self, tokens: int, rows: int | None = None) -> int:
+        """How many answers are decoded at once, if the longest may come to that many tokens with its prompt; `rows`: how many there are."""
+        fit = max(1, min(self.rows, self.rollout_tokens // tokens))
+        return fit if self.fused is None or rows is None else self.fused.together(rows, fit)
 
     def attempts(self, which: str) -> Iterator[Attempt]:
         """Attempts at the same work, until one has memory enough; after each that hadn't, the width called `which` is halved.

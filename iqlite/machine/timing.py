@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -23,7 +23,10 @@ from iqlite.recipe.schema import Recipe
 BENCH_FILE = "bench.json"
 REACHED = {"decode": 0.5, "read": 0.4, "update": 0.35}  # shares of a data sheet's figures that libraries reach; our choice, not measured
 TO_HOST = 12e9  # bytes a second between a card and the computer's memory: PCIe 4.0 at half its lanes' rate; our choice, not measured
-DEQUANTISED = 0.5 + 2 * 2  # bytes a weight and pass: 4 bits read, 16 bits written and read again
+FUSED = 0.5 + 1 / 64 + 1 / 64  # bytes a weight and pass: 4 bits and their scales, multiplied as they are
+DEQUANTISED = FUSED + 2 * 2  # 16 bits are written and read again
+MOST = 2 / 3  # share of a layer's weights that `Fused.most` is about
+NARROW_FOR = 2.0  # times less traffic that narrower batches must promise, for they take more launches; our choice
 KINDS = frozenset(
     ["ti", "super", "laptop", "mobile", "max", "q", "d"]
 )  # cards of one number that differ in these differ in speed and memory
@@ -33,20 +36,27 @@ TYPICAL_PROMPT = 128  # tokens, where the prompts aren't at hand to be looked at
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second while decoding; floating-point operations a second of readings and of updates. `source`: where from."""
+    """Bytes a second while decoding; floating-point operations a second of readings and of updates. `source`: where from; `card`: whose."""
 
     decode: float
     read: float
     update: float
     source: str
     machine: str = ""
+    card: str = ""
 
     @classmethod
     def of_card(cls, name: str) -> Rates:
         """From the data sheet."""
         card = cards()[name]
         tflops = 1e12 * card["tflops"]
-        return cls(REACHED["decode"] * 1e9 * card["bandwidth_gb_s"], REACHED["read"] * tflops, REACHED["update"] * tflops, "the data sheet")
+        return cls(
+            REACHED["decode"] * 1e9 * card["bandwidth_gb_s"],
+            REACHED["read"] * tflops,
+            REACHED["update"] * tflops,
+            "the data sheet",
+            card=name,
+        )
 
     @classmethod
     def measured(cls, machine: str) -> Rates | None:
@@ -79,6 +89,12 @@ class Rates:
 def cards() -> Mapping[str, Mapping[str, Any]]:
     """Cards by name: memory_gb, bandwidth_gb_s, tflops (16-bit, dense), bf16."""
     found: dict[str, dict[str, Any]] = json.loads(files("iqlite").joinpath("data/cards.json").read_text("utf-8"))["cards"]
+    return found
+
+
+@cache
+def _fused_rows() -> Mapping[str, Sequence[int]]:
+    found: dict[str, list[int]] = json.loads(files("iqlite").joinpath("data/fused.json").read_text("utf-8"))["rows"]
     return found
 
 
@@ -119,18 +135,57 @@ def _words_of(name: str) -> tuple[set[str], set[str], int | None]:
     return words - KINDS - sizes, words & KINDS, int(next(iter(sizes)).removesuffix("gb")) if sizes else None
 
 
-def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Fused:
+    """Rows up to which bitsandbytes multiplies by 4-bit weights as they are, and doesn't dequantise them for each product: by all weights, and by
+    two thirds of them at least. Its own choice by card and shape, for 7B's shapes in data/fused.json; one row where the card isn't there."""
+
+    all: int = 1
+    most: int = 1
+
+    @classmethod
+    def of_card(cls, name: str) -> Fused:
+        """By a card's name, as the driver or a person spells it."""
+        try:
+            found = _fused_rows().get(card_named(name)) if name else None
+        except RecipeError:
+            found = None
+        return cls(*found) if found else cls()
+
+    def bytes_a_weight(self, rows: int) -> float:
+        """Of memory traffic in one product with so many rows."""
+        if rows <= self.all:
+            return FUSED
+        return MOST * FUSED + (1 - MOST) * DEQUANTISED if rows <= self.most else DEQUANTISED
+
+    def together(self, rows: int, fit: int) -> int:
+        """How many of `rows` rows are best decoded at once where `fit` have room: fewer if weights are then read in less than half the traffic."""
+
+        def traffic(width: int) -> float:
+            return -(-rows // width) * self.bytes_a_weight(min(rows, width))
+
+        fewer = [width for width in (self.most, self.all) if 1 < width < fit and traffic(width) * NARROW_FOR < traffic(fit)]
+        return min(fewer, key=traffic) if fewer else fit
+
+
+ONE_ROW = Fused()
+
+
+def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int, fused: Fused = ONE_ROW) -> dict[str, float]:
     """Bytes to decode, and operations to prefill and read, and to update, in one step with prompts of that many tokens."""
     weights, head = shape.linear_weights, shape.vocabulary * shape.hidden
     answers = work.prompts * work.new_tokens
     tokens = work.prompts * (prompt_tokens + work.new_tokens)
-    passes = work.new_tokens * -(-work.prompts // widths.rows)
+    rows = widths.rows
+    if work.device != "cpu" and work.quantization != "none":
+        rows = fused.together(work.prompts, rows)
+    passes = work.new_tokens * -(-work.prompts // rows)
     if work.device == "cpu":
         per_weight = 4.0 if widths.fold or work.quantization == "none" else 0.5 + 2 * 4
     elif work.quantization == "none":
         per_weight = 2.0
     else:
-        per_weight = DEQUANTISED if min(widths.rows, work.prompts) > 1 else 0.5
+        per_weight = fused.bytes_a_weight(min(rows, work.prompts))
     return {
         "decode": passes * (per_weight * weights + work.bytes * head),
         "read": 2.0 * weights * (work.prompts * prompt_tokens + work.readings * tokens),
@@ -141,7 +196,7 @@ def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int) -
 def seconds_of_step(shape: Shape, work: Work, widths: Widths, rates: Rates, prompt_tokens: int) -> float:
     """Seconds of one step: rollout, readings and update. Rows are reckoned for the longest prompts: shorter ones decode wider."""
     rows = max(widths.rows, widths.rows * work.longest // (prompt_tokens + work.new_tokens))
-    needed = work_of_step(shape, work, replace(widths, rows=rows), prompt_tokens)
+    needed = work_of_step(shape, work, replace(widths, rows=rows), prompt_tokens, Fused.of_card(rates.card or rates.machine))
     tokens = work.prompts * (prompt_tokens + work.new_tokens)
     moved = 2 * offloaded(shape, work, tokens) / TO_HOST if work.offload else 0.0  # there and back
     return needed["decode"] / rates.decode + needed["read"] / rates.read + needed["update"] / rates.update + moved

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from iqlite.model.forward import Forward
-from iqlite.model.keyvalues import Prefix, longest_of
+from iqlite.model.keyvalues import Decoding, Prefix, longest_of
 from iqlite.model.sampling import Sampler, choose, noise
+from iqlite.model.steady import CHECK_EVERY, Steps, steadily
 
 LEAVE_AT = 0.75  # rows that have ended leave when no more than this share of the batch is left: each time copies the cache
 
@@ -29,6 +30,9 @@ def draw(
     sampler: Sampler,
     step: int,
     index: Sequence[int],
+    *,
+    every: int = CHECK_EVERY,
+    record: bool = True,
 ) -> Generator[tuple[Tensor, Tensor], Tensor | None, None]:
     """Position by position (which of the B answers go on [b], their next ids [b]), on the host, until all have ended.
 
@@ -36,6 +40,9 @@ def draw(
     logits [b, V] of the readings' last hidden states [b, D]. `index` (the requests' numbers) and `step` key the noise. An answer that
     has ended repeats a stop id until it leaves the batch. Who draws may send back which of them end here [b] (bool, on the host), beside
     those that drew a stop id. Inside a role block, which must last as long as the answers are drawn.
+
+    Where `forward.steadies` the rows, the tokens after the first are drawn by `model.steady`, which gives the same ids and lets the host see them
+    only after `every` of them; `record` False keeps it from recording `predict`, for one that is to run each time.
     """
     new, device = sampler.max_new_tokens, forward.device
     rows = [ids for requests in prompts.values() for ids in requests]
@@ -50,6 +57,13 @@ def draw(
     numbers = np.asarray(index, dtype=np.uint64)
     ended_b = torch.zeros(len(index), dtype=torch.bool)
     for position in range(new):
+        if position and isinstance(cache, Decoding) and forward.steadies(cache.room):
+            filled = before + longest
+            steps = Steps(
+                forward, cache, predict, list(prompts), stop_ids, sampler, step, numbers, ids_RL, position_RL, real_RL[:, :filled], ended_b, 1
+            )  # fmt: skip
+            yield from steadily(steps, which_b, filled, new - 1, every, record=record)
+            return
         state_RD = forward.decoder(
             input_ids=ids_RL,
             attention_mask=real_RL[:, : before + longest + position],

@@ -28,21 +28,26 @@ class Forward:
     """The decoder of one model. `reader` names the weights that read now, "" for the policy in training; `moving` says whether they learn.
 
     `plain`: every layer keeps keys and values of each token and nothing else, so that rows can share a prefix. Other layers (linear
-    attention, convolutions, state spaces) decode with transformers' own cache and read each row whole.
+    attention, convolutions, state spaces) decode with transformers' own cache and read each row whole. `steady`: tokens may be decoded by steps
+    that are all alike (`model.steady`), which a card is quick at and a CPU isn't.
     """
 
     def __init__(self, anatomy: Anatomy, device: torch.device, reader: Callable[[], str], moving: Callable[[], bool]):
         self.decoder, self.config, self.layers = anatomy.decoder, anatomy.config, anatomy.layers
         self.device, self.reader, self.moving = device, reader, moving
-        self.plain = keeps_keys_only(anatomy.config)
         self.offload = False  # what autograd keeps of a read, the layers' inputs under checkpointing, waits in the computer's memory
+        self.plain, self.steady = keeps_keys_only(anatomy.config), device.type == "cuda"
         self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
         # Left padding between a shared prefix and a shorter row's tokens adds to the distance that a window of attention counts.
         self._window: float = min((size for key in WINDOWS for size in numbers(anatomy.config, key)), default=math.inf)
 
     def room(self, tokens: int, begun: Sequence[Prefix | None]) -> Decoding | OwnCache:
         """What keeps the rows being decoded, each of `tokens` at most with all padding."""
-        return Decoding(len(self.layers), tokens, begun) if self.plain else OwnCache(config=self.config)
+        return Decoding(len(self.layers), tokens, begun, blank=self.steadies(tokens)) if self.plain else OwnCache(config=self.config)
+
+    def steadies(self, tokens: int) -> bool:
+        """True where rows of so many tokens at most, with all padding, are decoded by steps that are all alike: no window hides any of them."""
+        return self.steady and self.plain and tokens <= self._window
 
     def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int, shared: Sequence[Sequence[int]] = ()

@@ -108,10 +108,26 @@ class Decoding(Cache):  # type: ignore[misc]
     """Room for the keys and values of B rows being decoded, laid out once: row b's prefix, its prompt, `new` tokens to come.
 
     `prefixes[b]` is what row b starts with, shorter ones padded on the left; `room` is how many tokens a row may come to with all padding.
+    `blank`: what isn't filled yet is zeros and not just anything, for who reads it too (behind a mask).
     """
 
-    def __init__(self, layers: int, room: int, prefixes: Sequence[Prefix | None]):
-        super().__init__(layers=[_Roomy(room, prefixes, layer) for layer in range(layers)])
+    def __init__(self, layers: int, room: int, prefixes: Sequence[Prefix | None], *, blank: bool = False):
+        super().__init__(layers=[_Roomy(room, prefixes, layer, blank) for layer in range(layers)])
+        self.room = room
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values, once a forward has shown some."""
+        found: torch.dtype = next(layer.keys.dtype for layer in self.layers if layer.is_initialized)
+        return found
+
+    def hold(self, slot_1: Tensor, span: int) -> None:
+        """From now on a token's keys and values go where `slot_1` (int64 [1], on the device) says, and the first `span` places are read.
+
+        The same memory then serves for every token, and no size changes.
+        """
+        for layer in self.layers:
+            layer.slot_1, layer.span = slot_1, span
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these."""
@@ -122,23 +138,29 @@ class Decoding(Cache):  # type: ignore[misc]
 class _Roomy(DynamicLayer):  # type: ignore[misc]
     """A layer's keys and values in a buffer that is filled from the front; no copying as it grows."""
 
-    def __init__(self, room: int, prefixes: Sequence[Prefix | None], layer: int):
+    def __init__(self, room: int, prefixes: Sequence[Prefix | None], layer: int, blank: bool):
         super().__init__()
-        self.room, self.prefixes, self.layer = room, prefixes, layer
-        self.filled = longest_of(prefixes)
+        self.room, self.prefixes, self.layer, self.blank = room, prefixes, layer, blank
+        self.filled, self.span = longest_of(prefixes), 0
+        self.slot_1: Tensor | None = None
         self.keys: Tensor
         self.values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         for name, states in (("keys", key_states), ("values", value_states)):
-            setattr(self, name, states.new_empty(len(self.prefixes), states.shape[1], self.room, states.shape[3]))
+            make = states.new_zeros if self.blank else states.new_empty
+            setattr(self, name, make(len(self.prefixes), states.shape[1], self.room, states.shape[3]))
         if self.filled:
             self.keys[:, :, : self.filled], self.values[:, :, : self.filled] = _started(self.prefixes, self.layer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.slot_1 is not None:
+            self.keys.index_copy_(2, self.slot_1, key_states)
+            self.values.index_copy_(2, self.slot_1, value_states)
+            return self.keys[:, :, : self.span], self.values[:, :, : self.span]
         end = self.filled + key_states.shape[2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states

@@ -24,12 +24,13 @@ BLOCK = (32, 128)  # rows of W, at least and at most, that are multiplied at onc
 def make_lean(model: Any) -> None:
     """Gives every LoRA layer of a PEFT model the forward of this module."""
     for module in model.modules():
-        if _is_adapted(module):
-            module.folded = None
+        if is_adapted(module):
+            module.folded = module.joined = None
             module.forward = types.MethodType(_adapted, module)
 
 
-def _is_adapted(module: Any) -> bool:
+def is_adapted(module: Any) -> bool:
+    """True for PEFT's LoRA layers on linear maps."""
     return hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), torch.nn.Linear)
 
 
@@ -78,7 +79,7 @@ def folded(model: Any) -> Iterator[None]:
     Pays from a few small products on (decoding). Costs the memory of the adapted weights. For float32 only: 16 bits would round a
     small adapter away.
     """
-    layers = [module for module in model.modules() if _is_adapted(module)]
+    layers = [module for module in model.modules() if is_adapted(module)]
     try:
         for layer in layers:
             layer.folded = _fold(layer)
@@ -115,7 +116,10 @@ def _adapted(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """The forward of one LoRA layer, for whichever adapters are on."""
     if self.folded is not None:
         return (few_rows_product if is_few(x) else F.linear)(x, self.folded, self.base_layer.bias)
-    y = _base(self.base_layer, x)
+    if self.joined is not None:
+        y: Tensor = self.joined(x)
+        return y
+    y = base_product(self.base_layer, x)
     if self.disable_adapters:
         return y
     for name in self.active_adapters:
@@ -126,7 +130,8 @@ def _adapted(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return y
 
 
-def _base(layer: Any, x: Tensor) -> Tensor:
+def base_product(layer: Any, x: Tensor) -> Tensor:
+    """x·Wᵀ + b of a linear layer, plain or in 4 bits."""
     if torch.is_grad_enabled() or not is_few(x):
         y: Tensor = layer(x)
         return y

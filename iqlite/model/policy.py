@@ -8,7 +8,7 @@ Outside such a block the model is the policy, in training mode, with gradients i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from iqlite.base.names import hub_name
 from iqlite.errors import AdapterError, first_line
 from iqlite.model.forward import Forward, recompute_layers
 from iqlite.model.head import Head
+from iqlite.model.joined import joined
 from iqlite.model.linear import folded as into_one
 from iqlite.model.linear import make_lean
 from iqlite.model.proof import Bare, is_proved, prove, prove_training
@@ -123,13 +124,15 @@ class Policy:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     @contextmanager
-    def acting_as(self, role: str, *, folded: bool = False) -> Iterator[None]:
+    def acting_as(self, role: str, *, decoding: bool = False, folded: bool = False) -> Iterator[None]:
         """The model is `role` ("policy", "reference", "ema" or a loaded adapter) in evaluation mode without gradients.
 
-        `folded` makes one matrix of base and adapter for the length of the block (`linear.folded`: float32 only).
+        `decoding`: many small forwards follow, which a card has less work with then (`model.joined`). `folded` makes one matrix of base and
+        adapter for the length of the block (`linear.folded`: float32 only).
         """
         assert self._role is None, f"already acting as {self._role}: role blocks don't nest"
         tuner = self.model.base_model
+        joins = decoding and self.forward.steady
         self._role = role
         self.model.eval()
         try:
@@ -137,7 +140,7 @@ class Policy:
                 tuner.disable_adapter_layers()
             elif role != "policy":
                 tuner.set_adapter(role)
-            with torch.no_grad(), into_one(self.model) if folded else nullcontext():
+            with torch.no_grad(), into_one(self.model) if folded else nullcontext(), self._joined() if joins else nullcontext():
                 yield
         finally:
             if role == "reference":
@@ -148,6 +151,9 @@ class Policy:
                 parameter.requires_grad_(name in self.parameters)
             self.model.train()
             self._role = None
+
+    def _joined(self) -> AbstractContextManager[None]:
+        return joined(self.model, self.forward.decoder, self.base.compute_dtype)
 
     def scale_adapter(self, factor: float) -> None:
         """Multiplies the trained adapter's part by `factor` from now on: 1 is as trained, 0 the bare base."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from iqlite.base.anatomy import FAULTS
 from iqlite.base.loading import Base
 from iqlite.errors import BaseError, first_line
-from iqlite.model.decoding import LEAVE_AT, draw
+from iqlite.model.decoding import draw
 from iqlite.model.forward import Forward
 from iqlite.model.head import Head
 from iqlite.model.sampling import Sampler
@@ -69,9 +69,11 @@ class Bare:
 def prove(base: Base, bare: Bare, head: Head, forward: Forward) -> tuple[str, ...]:
     """Holds head and forward, the adapters off, against `bare`; changes to transformers' own cache where plain keys and values don't do.
 
-    Returns what to tell the user. BaseError says which proof a model fails.
+    Decoding by equal steps is proved after all that, and left out where it differs. Returns what to tell the user. BaseError says which proof a
+    model fails.
     """
     dtype = base.compute_dtype
+    steady, forward.steady = forward.steady, False
     if _apart(head(bare.states_LD), bare.logits_LV, dtype):
         raise BaseError(_sentence(base, "its logits aren't its head's product: something comes after it that iqlite doesn't know"))
     if forward.plain and _differs(forward, bare, len(bare.logits_LV[0]), dtype):
@@ -80,6 +82,8 @@ def prove(base: Base, bare: Bare, head: Head, forward: Forward) -> tuple[str, ..
     if wrong := _differs(forward, bare, len(bare.logits_LV[0]), dtype):
         raise BaseError(_sentence(base, wrong))
     if forward.plain:
+        forward.steady = steady
+        forward.steady = steady and _differs(forward, bare, len(bare.logits_LV[0]), dtype) is None
         return ()
     return (f"{base.name} has layers that keep more than keys and values: each row is read whole, which is slower than sharing prefixes.",)
 
@@ -132,21 +136,18 @@ def _decoded(
     """The states that predict each row's answer, decoded by the one loop, which is made to draw these answers."""
     stop = next(token for token in range(vocabulary) if not any(token in answer for answer in answers))
     states: list[list[Tensor]] = [[] for _ in rows]
-    left = list(range(len(rows)))
 
     def predict(found: Mapping[str, Tensor]) -> Tensor:
-        logits_bV = torch.zeros(len(left), vocabulary)
-        for b, row in enumerate(left):
+        logits_bV = torch.zeros(len(rows), vocabulary, device=forward.device)
+        for row, answer in enumerate(answers):
             at = len(states[row])
-            states[row].append(found["plain"][b])
-            logits_bV[b, answers[row][at] if at < len(answers[row]) else stop] = 1.0
+            states[row].append(found["plain"][row])
+            logits_bV[row, answer[at] if at < len(answer) else stop] = 1.0
         return logits_bV
 
-    sampler = Sampler(seed=0, max_new_tokens=max(map(len, answers)), temperature=0.0)
-    for which_b, token_b in draw(forward, {"plain": rows}, {"plain": shared}, predict, [stop], sampler, 0, list(left)):
-        ended = token_b == stop
-        go_on = which_b[~ended] if int((~ended).sum()) <= LEAVE_AT * len(which_b) else which_b
-        left[:] = go_on.tolist()
+    sampler = Sampler(seed=0, max_new_tokens=max(map(len, answers)), temperature=0.0)  # so that none leaves before the last token
+    for _ in draw(forward, {"plain": rows}, {"plain": shared}, predict, [stop], sampler, 0, range(len(rows)), record=False):
+        pass
     return [torch.stack(found[: len(answer)]) for found, answer in zip(states, answers, strict=True)]
 
 

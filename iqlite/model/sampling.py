@@ -35,13 +35,16 @@ def noise(seed: int, stream: str, step: int, index: Sequence[int] | np.ndarray, 
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) / 2.0**53)
 
 
-def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The token whose stretch of the cumulative distribution holds the uniform number: int64 [B] (inverse-CDF sampling)."""
+def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, *, waits: bool = True) -> Tensor:
+    """The token whose stretch of the cumulative distribution holds the uniform number: int64 [B] (inverse-CDF sampling).
+
+    `waits` False never looks at a number to decide what to compute, so that the host needn't wait for a card.
+    """
     if temperature == 0:
         return logits_BV.argmax(-1)
     probs_BV = (logits_BV.float() if temperature == 1 else logits_BV.float() / temperature).softmax(-1)
     if top_p < 1:
-        probs_BV = probs_BV * (probs_BV >= _smallest_in_nucleus(probs_BV, top_p))
+        probs_BV = probs_BV * (probs_BV >= _smallest_in_nucleus(probs_BV, top_p, waits))
     return _where_cumulative_exceeds(probs_BV, uniform_B.to(logits_BV.device))
 
 
@@ -62,9 +65,10 @@ def _where_cumulative_exceeds(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return block_B * CDF_BLOCK + inside_B
 
 
-def _smallest_in_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
+def _smallest_in_nucleus(probs_BV: Tensor, top_p: float, waits: bool) -> Tensor:
     """[B, 1]: the last probability that the nucleus needs to reach `top_p`; ties with it belong to the nucleus too."""
-    for k in (min(NUCLEUS_FIRST, probs_BV.shape[-1]), probs_BV.shape[-1]):  # a full sort only where few tokens don't suffice
+    first = NUCLEUS_FIRST if waits else probs_BV.shape[-1]
+    for k in (min(first, probs_BV.shape[-1]), probs_BV.shape[-1]):  # a full sort only where few tokens don't suffice
         top_Bk = probs_BV.topk(k).values
         needed_Bk = top_Bk.cumsum(-1) - top_Bk < top_p
         if k == probs_BV.shape[-1] or not bool(needed_Bk[:, -1].any()):

@@ -23,6 +23,7 @@ from iqlite.training.readings import batches
 from iqlite.training.rollout import FOLD_FROM
 
 TOGETHER_S, LONGEST_S = 0.005, 0.1  # how long the first answer of a batch waits for others, and at most while others are being read in
+EVERY = 4  # tokens that a card draws between two looks of the host; our choice
 FULL = ApiError(503, "memory is full: ask for fewer tokens, or with a shorter conversation.", code="out_of_memory")
 CLOSING = ApiError(503, "the server is closing.", code="closing")
 
@@ -145,7 +146,12 @@ class Batcher:
 
         folded = self.voices.speaker.fold and new >= FOLD_FROM
         with self.voices.policy.acting_as(voice.role, folded=folded):
-            drawn = draw(self.voices.policy.forward, prompts, voice.shared, noted, stops, sampler, 0, numbers)
+            forward, shared = self.voices.policy.forward, voice.shared
+            told_of = any(answer.top is not None for answer in batch)  # then every token's logits are looked at as they are made
+            drawn = draw(
+                forward, prompts, shared, noted if told_of else predict, stops, sampler, 0, numbers,
+                every=1 if told_of else EVERY, record=not told_of,
+            )  # fmt: skip
             enough_b: Tensor | None = None
             while True:
                 try:
@@ -153,7 +159,7 @@ class Batcher:
                 except StopIteration:
                     return
                 rows = [batch[int(row)] for row in which_b]
-                told = self._told(rows, seen.logits_bV, token_b)
+                told = self._told(rows, seen.logits_bV, token_b) if told_of else [None] * len(rows)
                 for answer, token, one in zip(rows, token_b.tolist(), told, strict=True):
                     if not answer.ended:
                         self.tokens += 1

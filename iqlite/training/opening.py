@@ -22,6 +22,7 @@ from iqlite.machine.fit import CAPS, choose, given_widths, refusal
 from iqlite.machine.here import unused_card, usable_memory
 from iqlite.machine.memory import Work
 from iqlite.machine.sizes import Sizes
+from iqlite.machine.timing import Fused
 from iqlite.model.policy import Policy
 from iqlite.model.proof import is_proved
 from iqlite.model.template import Chat
@@ -200,6 +201,8 @@ def sizes_for(recipe: Recipe, shape: Shape, work: Work, free: float, say: Callab
     """How much is done at once, in `free` bytes: the recipe's own numbers, and where it says auto, the widest that fit."""
     given = given_widths(recipe)
     widths = choose(shape, work, free, given).widths
+    in_4_bits = work.device == "cuda" and work.quantization == "nf4" and recipe.rollout.batch == "auto"
+    fused = Fused.of_card(name_of_device(here()[0])) if in_4_bits else None
     return Sizes(
         rows=given.rows if given is not None and given.rows else CAPS[work.device].rows,
         rollout_tokens=widths.rows * work.longest,  # shorter prompts leave room for more rows
@@ -207,6 +210,7 @@ def sizes_for(recipe: Recipe, shape: Shape, work: Work, free: float, say: Callab
         update_tokens=widths.update_tokens,
         chunk_tokens=widths.chunk_tokens,
         fold=widths.fold,
+        fused=fused,
         say=say,
     )
 

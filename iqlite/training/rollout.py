@@ -79,12 +79,12 @@ def sample_readings(
     lengths = [max(map(len, readings)) for readings in zip(*prompts.values(), strict=True)]
     # Prompts of like length decode together, longest first: the least padding, and the largest batch comes before the others.
     order = sorted(range(len(plain)), key=lambda row: -lengths[row])
-    with policy.acting_as(role, folded=sizes.fold and new >= FOLD_FROM):
+    with policy.acting_as(role, decoding=new >= FOLD_FROM, folded=sizes.fold and new >= FOLD_FROM):
         at = 0
         while at < len(order):
             longest = lengths[order[at]] + new
             for attempt in sizes.attempts("rollout_tokens"):
-                part = order[at : at + max(1, sizes.together(longest) // len(prompts))]
+                part = order[at : at + max(1, sizes.together(longest, (len(order) - at) * len(prompts)) // len(prompts))]
                 some = {name: [ids[row] for row in part] for name, ids in prompts.items()}
                 with attempt.of(len(part), longest * len(prompts)):
                     drawn = draw(policy.forward, some, shared, predict, stop_ids, sampler, step, [index[row] for row in part])

@@ -21,12 +21,14 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tests.card import graphs
 from tests.card.attention import attend
 from tests.card.played import Card, PlayedCard, playing
 
 MOST_ROWS = 1536  # of bitsandbytes' fused product
 NEW = bnb.nn.Params4bit.__new__
 RUN = PlayedCard.run
+RMS_NORM = torch.nn.functional.rms_norm
 
 
 @contextmanager
@@ -41,6 +43,8 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
             if "rng_state" in name:
                 patch(module.random, name, value)
         if card.device.type == "cuda":
+            for name, value in graphs.functions(card).items():
+                patch(module, name, value)
             patch(torch.version, "cuda", "12.8")
             patch(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
         torch.utils._device._device_constructors()  # cached: `with torch.device("meta")` looks functions up by identity
@@ -49,6 +53,7 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
         patch(torch.Tensor, "to", _with_a_number(torch.Tensor.to))
         patch(torch.Tensor, card.device.type, lambda tensor, *_, **__: tensor.to(card.device))
         patch(torch.nn.functional, "scaled_dot_product_attention", attend)
+        patch(torch.nn.functional, "rms_norm", _normed)
         patch(torch, "autocast", Autocast)
         patch(torch.amp, "autocast", Autocast)
         patch(
@@ -250,6 +255,19 @@ def _from_prequantized(
     if module is not None:
         module.quant_state = state
     return made
+
+
+def _normed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """torch's fused norm: one kernel, though a CPU build has it in pieces."""
+    if not isinstance(x, Card):
+        return RMS_NORM(x, *args, **kwargs)
+    card = playing()
+    before = card.counts.copy()
+    y: Any = RMS_NORM(x, *args, **kwargs)
+    card.counts = before
+    card.kernel("rms_norm", 1, x.inner, y.inner)
+    found: Tensor = y
+    return found
 
 
 def _paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:

@@ -47,6 +47,7 @@ MODELS = {
 }
 VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size", "set_", "record_stream", "detach_"}
 ROOM_ONLY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_"}
+WRITTEN_IN_PLACES = {"index_copy_", "index_fill_"}  # what is written counts, and not all that it is written into
 SEVERAL = {"topk": 3, "sort": 3, "nonzero": 4, "embedding_dense_backward": 4, "constant_pad_nd": 2, "isin": 2, "linalg_vector_norm": 2}
 
 
@@ -147,6 +148,7 @@ class PlayedCard(TorchDispatchMode):
         self.total, self.fraction = gib * GIB, 1.0
         self.memory = Allocator(self.total - CONTEXT, expandable)
         self.counts = Counts()
+        self.patient = True  # False: a wait of the host is an error
         self.paged = 0  # bytes of bitsandbytes' paged tensors, which lie on the host
         self._storages: dict[int, tuple[Any, Any]] = {}
 
@@ -190,6 +192,8 @@ class PlayedCard(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         """The host waits for the card."""
+        if not self.patient:
+            raise RuntimeError(f"called a synchronizing CUDA operation ({what}) [played]")
         self.counts.waits[f"{what} @ {caller()}"] += 1
 
     def kernel(self, name: str, count: int, *tensors: Any) -> None:
@@ -200,7 +204,10 @@ class PlayedCard(TorchDispatchMode):
         if name in VIEWS or name in ROOM_ONLY or func.is_view or name == "gemm_4bit":
             return
         inside = [x.inner for x in flat if isinstance(x, Card)]
-        if name in ("addmm", "addmm_", "baddbmm") and inside[0].dim() == 2:
+        if name in WRITTEN_IN_PLACES:
+            self.kernel(name, 1, inside[-1], inside[-1])
+            return
+        if name in ("addmm", "baddbmm") and inside[0].dim() == 2:  # in place there is nothing to copy
             self.kernel("addmm's copy", 1, inside[0], inside[0])
         self.kernel(name, -(-len(inside) // 100) if name.startswith("_foreach") else SEVERAL.get(name, 1), *inside, *tree_leaves(out))
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-import iqlite.model.decoding as decoding
 from iqlite.base.identity import Identity
 from iqlite.base.loading import Base, embed_on_host, train_on_any_cpu
 from iqlite.base.shape import Shape, known
 from iqlite.machine.fit import choose, given_widths
 from iqlite.machine.memory import GIB, PHASES, Plan, Work
+from iqlite.model import decoding, steady
 from iqlite.model.policy import Policy
 from iqlite.recipe.reading import load_recipe
 from iqlite.recipe.schema import Recipe
@@ -129,16 +129,16 @@ def _answers_of(tokens: int) -> Iterator[None]:
     """Without numbers nothing tells when an answer ends: it does after so many tokens."""
     real, drawn = decoding.choose, [0]
 
-    def choose_token(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
-        real(logits_BV, uniform_B, temperature, top_p)
+    def choose_token(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, **given: bool) -> Tensor:
+        real(logits_BV, uniform_B, temperature, top_p, **given)
         drawn[0] += 1
         return torch.full((len(logits_BV),), TOKEN if drawn[0] % tokens else STOP, device=logits_BV.device)
 
-    decoding.choose = choose_token
+    decoding.choose = steady.choose = choose_token
     try:
         yield
     finally:
-        decoding.choose = real
+        decoding.choose = steady.choose = real
 
 
 def _session(

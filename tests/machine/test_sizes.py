@@ -12,6 +12,7 @@ import torch
 
 from iqlite.errors import BaseError
 from iqlite.machine.sizes import Sizes
+from iqlite.machine.timing import Fused
 from iqlite.run.rundir import RunDir
 from iqlite.training.loop import train
 from iqlite.training.opening import environment
@@ -127,3 +128,16 @@ def test_other_errors_pass_and_short_prompts_leave_room_for_more_rows() -> None:
     copy = Sizes(1, 1, 1, 1, 1)
     copy.restore(sizes.record())
     assert copy == sizes
+
+
+def test_narrower_batches_where_weights_stay_in_4_bits() -> None:
+    """Sixty rows would be dequantised for on a 4070 and thirty-two not; few rows, a width that little helps and an unknown card stay."""
+    fused = Fused.of_card("NVIDIA GeForce RTX 4070")
+    assert (fused.all, fused.most) == (32, 128)
+    assert [fused.together(64, fit) for fit in (8, 32, 60)] == [8, 32, 32]
+    assert fused.together(128, 128) == 128
+    assert Fused.of_card("RTX 4090").together(64, 57) == 57
+    assert Fused.of_card("Some Card").together(64, 60) == Fused.of_card("").together(64, 60) == 60
+    sizes = Sizes(rows=256, rollout_tokens=60 * 100, read_tokens=1, update_tokens=1, chunk_tokens=1, fused=fused)
+    assert (sizes.together(100), sizes.together(100, 64)) == (60, 32)
+    assert "fused" not in sizes.record()

@@ -68,6 +68,8 @@ def test_decoding_is_reading(family: str, tiny: Callable[..., Path], make_sessio
     sampler = Sampler(3, 6, 1.0)
     found = superior_answers(session, REQUESTS, sampler)
     assert answers(found) == [naively(session, request, number, sampler) for number, request in enumerate(REQUESTS)]
+    session.policy.forward.steady = True  # as on a card, see test_steady
+    assert answers(superior_answers(session, REQUESTS, sampler)) == answers(found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
