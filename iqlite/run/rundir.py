@@ -21,7 +21,7 @@ from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError, warn
 from iqlite.integrity import MANIFEST, drop, fault_in, found_again, manifest_of, put, seal, stamp, swap, write_manifest, write_whole
-from iqlite.places import ENVIRONMENT, RECIPE, check_no_link, exists, is_run, path_of
+from iqlite.places import ENVIRONMENT, RECIPE, RESULT, check_no_link, exists, is_run, path_of
 from iqlite.recipe.reading import parse_recipe, recipe_data, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers, read_json
@@ -29,7 +29,6 @@ from iqlite.run.journal import STATE, Journal, step_of
 from iqlite.run.lock import Lock
 from iqlite.run.moved import PATHS, base_at, check_base, each_path, found_now
 
-RESULT = "result.json"
 AIM = "aim.json"  # what the look before training found
 
 FORMAT = 1
