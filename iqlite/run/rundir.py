@@ -166,7 +166,7 @@ class RunDir(Journal):
         changed = [
             f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
             for key in sorted(old | new)
-            if old.get(key) != new.get(key) and not key.startswith("judge.")
+            if old.get(key) != new.get(key) and not key.startswith(("judge.", "log."))
         ]
         if changed:
             raise RunError(
@@ -195,7 +195,7 @@ class RunDir(Journal):
                     old.pop(key), new.pop(key)
 
     def take_over(self, recipe: Recipe) -> None:
-        """Locks what a resumed recipe may change: how it is judged, and where its files are."""
+        """Locks what a resumed recipe may change: how it is judged, where its metrics go, and where its files are."""
         self.write_sealed(RECIPE, tomli_w.dumps(locked(recipe)))
         if (was := self.environment()).get("place", "") not in ("", str(self.path.resolve())):
             self.write_sealed(ENVIRONMENT, json.dumps(was | {"place": str(self.path.resolve())}, indent=2) + "\n")
