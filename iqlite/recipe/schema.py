@@ -221,7 +221,8 @@ class Log(Table):
     """`[log]`: where the metrics go beside the run's own files; changes nothing of the run."""
 
     to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
-        (), description="Trackers that the metrics are also sent to, where installed: tensorboard, trackio, wandb. Without this nothing is sent."
+        (),
+        description="Trackers that the metrics are also sent to, where installed: tensorboard, trackio, wandb; without this nothing is sent anywhere.",
     )
 
 

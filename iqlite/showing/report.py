@@ -110,7 +110,9 @@ def _overlaid(page: Page, facts: Sequence[Facts]) -> list[dict[str, Any]]:
     return [
         made
         for title, what, names in CURVES
-        for made in page.chart(title, what if len(names) == 1 else what.partition(";")[0], [Series(one.name, points(one.metrics, names[0])) for one in facts])
+        for made in page.chart(
+            title, what if len(names) == 1 else what.partition(";")[0], [Series(one.name, points(one.metrics, names[0])) for one in facts]
+        )
     ]
 
 

@@ -85,7 +85,7 @@ class Tracked:
     def finish(self) -> None:
         """Everything is sent."""
         for name, tracker in list(self.trackers.items()):
-            self._trying(name, tracker.finish)
+            self._trying(name, _finish, name, tracker)
 
     def _send(self, step: int, values: Mapping[str, float]) -> None:
         behind = [name for name in self.trackers if step > self.sent.get(name, -1)]
@@ -117,6 +117,16 @@ def _begun(name: str, run: RunDir, recipe: Recipe) -> Any:
     return tracker
 
 
+def _finish(name: str, tracker: Any) -> None:
+    """Everything is sent."""
+    if name == "trackio":
+        import trackio
+
+        trackio.finish()  # accelerate's leaves it to be finished once more, and talked of, when Python ends
+    else:
+        tracker.finish()
+
+
 def _options(name: str, run: RunDir, recipe: Recipe) -> dict[str, Any]:
     """How a tracker begins: under the run's own name and id, so that it goes on there, and collecting nothing by itself."""
     if name == "tensorboard":
@@ -138,7 +148,7 @@ def _where(name: str, run: RunDir, tracker: Any) -> str:
         return f"TensorBoard: tensorboard --logdir {run.path}"
     if name == "trackio":
         return f"trackio: trackio show --project {PROJECT}"
-    return f"Weights & Biases: {tracker.run.url or 'offline, ' + str(tracker.run.dir)}"
+    return f"Weights & Biases: {f'offline, in {tracker.run.dir}' if tracker.run.offline else tracker.run.url}"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
