@@ -70,7 +70,7 @@ def main() -> None:
 
         if os.environ.get(unforeseen.DEBUG):
             raise
-        sys.stderr.write(f"iqlite: {unforeseen.explain(error, sys.argv)}\n")
+        sys.stderr.write(f"iqlite: {harmless(unforeseen.explain(error, sys.argv))}\n")
         sys.exit(1)
     finally:
         logging.getLogger("iqlite").removeHandler(survived)

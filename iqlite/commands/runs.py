@@ -73,7 +73,7 @@ def rm(
 
     rows = check_removable(paths)
     for row in rows:
-        sys.stdout.write(f"{harmless(str(row.path))}  {row.state.words}, {size(row.bytes)}\n")
+        sys.stdout.write(f"{harmless(f'{row.path}  {row.state.words}')}, {size(row.bytes)}\n")
     if not _agreed("Remove this run?" if len(rows) == 1 else f"Remove these {len(rows)} runs?", yes):
         return
     for row in rows:
