@@ -43,7 +43,7 @@ def tracked(report: Reporter, run: RunDir, recipe: Recipe, say: Callable[[str], 
     if not recipe.log.to:
         yield report
         return
-    trackers = {}
+    trackers: dict[str, Any] = {}
     for name in recipe.log.to:
         try:
             trackers[name] = _begun(name, run, recipe)

@@ -234,7 +234,8 @@ def test_several_runs_in_a_browser(browser: Any, make_folder: Callable[..., RunD
     assert opened.locator("fieldset.by").count() == 2
 
     def colours() -> list[str]:
-        return opened.locator(".t").evaluate_all("tokens => tokens.map(token => token.className.split(' ')[1] || '')")
+        found: list[str] = opened.locator(".t").evaluate_all("tokens => tokens.map(token => token.className.split(' ')[1] || '')")
+        return found
 
     before = colours()
     opened.locator("fieldset.by").nth(1).get_by_label("what training changed").check()
