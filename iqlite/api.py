@@ -27,6 +27,7 @@ from iqlite.run.files import check_space, free_name
 from iqlite.run.findings import JUDGEMENTS
 from iqlite.run.lock import Lock
 from iqlite.run.rundir import AIM, RunDir, check_replaceable
+from iqlite.training.trackers import check_trackers, tracked
 
 if TYPE_CHECKING:
     from iqlite.aim.look import Look
@@ -80,6 +81,7 @@ def begin(
     does; RunError for a folder that is there, can't be resumed or is being trained. The run is locked until its `release`.
     """
     listener = listener or Quiet()
+    check_trackers(recipe)
     path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
     existing = _existing(path, resume=resume, force=force)  # what can't be is said before torch is imported
     backend = _backend(recipe)
@@ -136,8 +138,8 @@ def train(
     from iqlite.training.loop import train as run_steps
 
     session, run = begin(recipe, out, resume=resume, force=force)
-    with run.held(), within_memory(recipe, "in the recipe"):
-        run_steps(session, run, _Told(progress))
+    with run.held(), within_memory(recipe, "in the recipe"), tracked(_Told(progress), run, recipe) as report:
+        run_steps(session, run, report)
     return Run(run)
 
 

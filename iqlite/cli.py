@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.commands import bench, chat, compare, doctor, export, init, inspect, merge, plan, probe, recipe, report, serve, train
-from iqlite.commands.options import Verb, Verbs
+from iqlite.commands import bench, chat, compare, doctor, export, init, inspect, merge, plan, probe, recipe, report, runs, serve, train
+from iqlite.commands.options import Verb, Verbs, examples
 from iqlite.errors import IqliteError
 from iqlite.streams import lost, outlive
 from iqlite.terminal import harmless
@@ -27,9 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, compare, inspect, report, init, recipe, plan, probe, bench, chat, serve, merge, export, doctor):
+for module in (train, compare, inspect, report, runs, init, recipe, plan, probe, bench, chat, serve, merge, export, doctor):
     name = module.__name__.rpartition(".")[2]
-    app.command(name, cls=Verb, epilog="\b\nExamples:\n  " + "\n  ".join(module.EXAMPLES))(getattr(module, name))
+    app.command(name, cls=getattr(module, "VERB", Verb), epilog=examples(module.EXAMPLES))(getattr(module, name))
 
 NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 """What tqdm, transformers and datasets ask before they draw a bar."""
@@ -63,14 +63,14 @@ def main() -> None:
                 lost()
             raise
     except IqliteError as error:
-        sys.stderr.write(f"iqlite: {error}\n")
+        sys.stderr.write(f"iqlite: {harmless(str(error))}\n")
         sys.exit(2)
     except Exception as error:  # what nobody foresaw becomes a sentence too
         from iqlite import unforeseen
 
         if os.environ.get(unforeseen.DEBUG):
             raise
-        sys.stderr.write(f"iqlite: {unforeseen.explain(error, sys.argv)}\n")
+        sys.stderr.write(f"iqlite: {harmless(unforeseen.explain(error, sys.argv))}\n")
         sys.exit(1)
     finally:
         logging.getLogger("iqlite").removeHandler(survived)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -13,8 +15,15 @@ RUNS = Path("runs")
 """Where runs go that nobody gives a place."""
 
 
+MADE_FROM = "made-from.json"
+"""In a converted model's folder in the cache: the file or model that it was made from."""
+
+
 RECIPE, ENVIRONMENT = "recipe.toml", "environment.json"
 """What a run directory holds from its first moment on."""
+
+RESULT = "result.json"
+"""What it holds once training has ended."""
 
 
 def exists(path: Path) -> bool:
@@ -65,6 +74,13 @@ def cache_folder() -> Path:
     if "IQLITE_CACHE" in os.environ:
         return Path(os.environ["IQLITE_CACHE"]).expanduser()
     return platformdirs.user_cache_path("iqlite", appauthor=False)
+
+
+def note_origin(folder: Path, source: str) -> None:
+    """Notes in a converted model's folder what it was made from, unless that stands there already; a disk may refuse."""
+    with suppress(OSError):
+        if not (folder / MADE_FROM).is_file():
+            (folder / MADE_FROM).write_text(json.dumps({"from": source}) + "\n", "utf-8")
 
 
 def shipped_recipes() -> Path:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -21,16 +21,26 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 MILD, STRONG = 0.25, 0.6  # of the largest value: where a token is marked, and marked twice; our choice
 
 
+class HarmlessConsole(Console):
+    """rich's console, which lets a terminal be steered by rich alone: whatever text is printed, its control characters are made visible."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """rich's, text by text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(harmless(segment.text), segment.style)
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A console that keeps long lines whole when it isn't a terminal."""
-    out = Console(stderr=stderr, highlight=False, emoji=False)  # :100: in an answer stays what the model wrote
-    return out if out.is_terminal else Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
+    """A console that keeps long lines whole when it isn't a terminal, and through which no text can steer one."""
+    out = HarmlessConsole(stderr=stderr, highlight=False, emoji=False)  # :100: in an answer stays what the model wrote
+    return out if out.is_terminal else HarmlessConsole(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
 
 
 def clean(text: str, longest: int | None = None) -> str:
@@ -43,6 +53,8 @@ def clean(text: str, longest: int | None = None) -> str:
 
 def harmless(text: str) -> str:
     """A model's text as it may be written to a terminal: line ends stay, other control characters become visible."""
+    if text.isprintable():  # which is most of what is shown, and quick to see; lone surrogates aren't
+        return text
     return "".join("\n" if c == "\n" else " " if c == "\t" else "\ufffd" if _controls(c) else c for c in text)
 
 
@@ -143,7 +155,7 @@ def facts(out: Console, rows: Mapping[str, str]) -> None:
     """Label and value, a line each."""
     width = max(map(len, rows))
     for label, value in rows.items():
-        out.print(f"[dim]{label:<{width}}[/]  {escape(value)}")
+        out.print(f"[dim]{label:<{width}}[/]  {clean(value)}")
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 Cached by what the files are, in IQLITE_CACHE or the user's cache folder, and written beside its final place first, so that an interrupted
 conversion leaves nothing behind. From there on, such a base is like any other: quantised to NF4 when it is loaded, merged into in 16 bits.
+No torch at the top.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from iqlite.base.anatomy import FAULTS, auto_class
 from iqlite.errors import BaseError, first_line
-from iqlite.places import cache_folder
+from iqlite.places import cache_folder, note_origin
 
 CONVERSION = 1  # raise it when the conversion changes, so that old caches aren't read
 READ = {"fp8": None, "mxfp4": None, "compressed-tensors": "compressed_tensors"}  # and the module that transformers needs to read one
@@ -45,6 +45,8 @@ def dequantised(source: str, config: Any, name: str, revision: str | None = None
     import torch
     from safetensors import SafetensorError
 
+    from iqlite.base.anatomy import FAULTS, auto_class
+
     kept = _on_disk(source, name, revision)
     folder = cache_folder() / f"{method}-{_digest(kept)}-v{CONVERSION}"
     if (folder / "config.json").is_file():
@@ -68,6 +70,7 @@ def dequantised(source: str, config: Any, name: str, revision: str | None = None
         for file in kept.iterdir():  # tokenizer, chat template, generation's settings: as they are
             if file.is_file() and file.name != "config.json" and ".safetensors" not in file.name:
                 shutil.copyfile(file, making / file.name)
+        note_origin(making, name)
         os.replace(making, folder)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # else another process was quicker

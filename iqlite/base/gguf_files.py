@@ -17,7 +17,7 @@ from typing import Any
 from iqlite.base.gguf_config import correct, loses_sizes
 from iqlite.base.gguf_header import gguf_header
 from iqlite.errors import BaseError, first_line
-from iqlite.places import cache_folder, usual_rights
+from iqlite.places import cache_folder, note_origin, usual_rights
 
 CONVERSION = 3  # raise it when the conversion changes, so that old caches aren't read
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
@@ -33,6 +33,7 @@ def convert_gguf(path: Path, name: str) -> Path:
     digest = _digest(files)
     folder = cache_folder() / f"gguf-{digest}-v{CONVERSION}"
     if (folder / "config.json").is_file():
+        note_origin(folder, str(path.resolve()))
         return folder
     architecture, fields, factors = told(files, name)
     import gguf
@@ -75,6 +76,7 @@ def convert_gguf(path: Path, name: str) -> Path:
         written = AutoModelForCausalLM.from_pretrained(making, dtype=dtype, use_safetensors=True)  # what was written is proved
         prove(written, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
         del written
+        note_origin(making, str(path.resolve()))
         usual_rights(making)
         os.replace(making, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -41,6 +42,11 @@ def there(**files: Path | None) -> None:
     for option, path in files.items():
         if path is not None and not path.is_file():
             raise PromptsError(f"--{option.replace('_', '-')} {path}: no such file; a path is relative to the folder you are in.")
+
+
+def examples(lines: Sequence[str]) -> str:
+    """What stands below a verb's help."""
+    return "\b\nExamples:\n  " + "\n  ".join(lines)
 
 
 class Verbs(TyperGroup):

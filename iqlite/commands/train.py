@@ -72,15 +72,18 @@ def _steps(console: Console, recipe: Recipe, session: Session, run: RunDir, *, s
     from iqlite.machine.sizes import within_memory
     from iqlite.training.loop import train as run_steps
     from iqlite.training.progress import TrainingView, finish_the_step
+    from iqlite.training.trackers import tracked
 
     total, first = recipe.total_steps(len(session.train)), run.last_step() + 1
     facts(console, derived(recipe, session, run.path, total, session.policy.size))
+    view = TrainingView(console, total, first, recipe.judge.measure, run.metrics())
     with (
         within_memory(recipe, "with --set, and start again with --force"),
         finish_the_step(console) as interrupt,
-        TrainingView(console, total, first, recipe.judge.measure, run.metrics()) as view,
+        tracked(view, run, recipe, lambda text: console.print(f"[dim]{clean(text)}[/]")) as report,
+        view,
     ):
-        outcome = run_steps(session, run, view, lambda: interrupt.asked)
+        outcome = run_steps(session, run, report, lambda: interrupt.asked)
     return outcome, _safety(session, run, console) if safety and outcome.why != "interrupted" else None
 
 

@@ -217,6 +217,15 @@ class Judge(Table):
     rubric: str = Field("", description="What a judging model is told to look for; without it, the wanted behaviour.")
 
 
+class Log(Table):
+    """`[log]`: where the metrics go beside the run's own files; changes nothing of the run."""
+
+    to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (),
+        description="Trackers that the metrics are also sent to, where installed: tensorboard, trackio, wandb; without this nothing is sent anywhere.",
+    )
+
+
 class Recipe(Table):
     """A whole recipe. `path` is the file it came from; relative paths in it are relative to `path`'s folder."""
 
@@ -229,6 +238,7 @@ class Recipe(Table):
     rollout: Rollouts = Field(default_factory=Rollouts)
     train: Train = Field(default_factory=Train)
     judge: Judge = Field(default_factory=Judge)
+    log: Log = Field(default_factory=Log)
 
     _path: Path = Path("recipe.toml")
 

@@ -55,11 +55,7 @@ class Lock:
         self._lock.release()
 
     def _holder(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.file.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return _read(self.file)
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         who = f"process {holder['process']} on {holder['host']}" if {"process", "host"} <= holder.keys() else "another process"
@@ -67,6 +63,21 @@ class Lock:
             f"{self.folder} is being trained by {who}: let it finish, or stop it (Ctrl-C there, or kill {holder.get('process', 'its number')}), "
             "which leaves a checkpoint; or name another --out."
         )
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who writes in a folder now: its process, host and since when, as they stand in lock.json; None if nobody does. A process on another host
+    counts as being there. Takes no lock and changes nothing."""
+    found = _read(folder / HOLDER)
+    return found if found and (found.get("host") != socket.gethostname() or _lives(found)) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _myself() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter
 from iqlite.base.names import here
 from iqlite.errors import RunError, warn
 from iqlite.integrity import MANIFEST, drop, fault_in, found_again, manifest_of, put, seal, stamp, swap, write_manifest, write_whole
-from iqlite.places import ENVIRONMENT, RECIPE, check_no_link, exists, is_run, path_of
+from iqlite.places import ENVIRONMENT, RECIPE, RESULT, check_no_link, exists, is_run, path_of
 from iqlite.recipe.reading import parse_recipe, recipe_data, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import explained, json_numbers, read_json
@@ -29,7 +29,6 @@ from iqlite.run.journal import STATE, Journal, step_of
 from iqlite.run.lock import Lock
 from iqlite.run.moved import PATHS, base_at, check_base, each_path, found_now
 
-RESULT = "result.json"
 AIM = "aim.json"  # what the look before training found
 
 FORMAT = 1
@@ -167,7 +166,7 @@ class RunDir(Journal):
         changed = [
             f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
             for key in sorted(old | new)
-            if old.get(key) != new.get(key) and not key.startswith("judge.")
+            if old.get(key) != new.get(key) and not key.startswith(("judge.", "log."))
         ]
         if changed:
             raise RunError(
@@ -196,7 +195,7 @@ class RunDir(Journal):
                     old.pop(key), new.pop(key)
 
     def take_over(self, recipe: Recipe) -> None:
-        """Locks what a resumed recipe may change: how it is judged, and where its files are."""
+        """Locks what a resumed recipe may change: how it is judged, where its metrics go, and where its files are."""
         self.write_sealed(RECIPE, tomli_w.dumps(locked(recipe)))
         if (was := self.environment()).get("place", "") not in ("", str(self.path.resolve())):
             self.write_sealed(ENVIRONMENT, json.dumps(was | {"place": str(self.path.resolve())}, indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""Why: what every token earned, and a run as one page."""
+"""Why: what every token earned, a run as one page, and all runs as a table."""

@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (step, value) in order of steps."""
+    """One line: (step, or what else is counted; value) in order."""
 
     name: str
     points: Sequence[Point]
@@ -27,13 +27,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: `svg`, and the lines' points as they are drawn, for whoever reads values off it."""
+    """A drawn chart: `svg`, and the lines' points as they are drawn, for whoever reads values off it; `unit` is what is counted from left to right."""
 
     title: str
     what: str
     svg: Markup
     lines: list[tuple[str, str, list[Point]]]
     frame: tuple[float, float, float, float]
+    unit: str
 
     def rows(self, count: int = 24) -> list[tuple[float, list[float | None]]]:
         """Evenly spread steps, each with every line's value there or before it."""
@@ -55,8 +56,8 @@ def downsampled(points: Sequence[Point], most: int) -> list[Point]:
     return found
 
 
-def chart(title: str, what: str, series: Sequence[Series]) -> Chart | None:
-    """Draws lines over one pair of axes; points that aren't finite are left out. None where nothing is left."""
+def chart(title: str, what: str, series: Sequence[Series], unit: str = "step") -> Chart | None:
+    """Draws lines over one pair of axes; points that aren't finite are left out. None where nothing is left. `unit` is what x counts."""
     kept = [(one.name, [p for p in one.points if math.isfinite(p[1])]) for one in series]
     kept = [(name, points) for name, points in kept if points]
     if not kept:
@@ -93,7 +94,7 @@ def chart(title: str, what: str, series: Sequence[Series]) -> Chart | None:
         else:
             drawn.append(Markup('<polyline class="line {}" points="{}"/>').format(style, " ".join(f"{x:.1f},{y:.1f}" for x, y in places)))
     drawn.append(Markup('<line class="cursor" x1="0" x2="0" y1="{}" y2="{}" visibility="hidden"/></svg>').format(TOP, HEIGHT - BOTTOM))
-    return Chart(title, what, Markup("").join(drawn), lines, (x0, x1, LEFT, WIDTH - RIGHT))
+    return Chart(title, what, Markup("").join(drawn), lines, (x0, x1, LEFT, WIDTH - RIGHT), unit)
 
 
 def ticks(low: float, high: float, about: int, *, whole: bool = False) -> list[float]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from iqlite.base.identity import ADAPTER_WEIGHTS
+from iqlite.recipe.reading import to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.records import HELD_OUT_KL
 from iqlite.run.findings import figures
-from iqlite.run.journal import METRICS
+from iqlite.run.listing import CONVERGED, FINISHED, RUNNING, UNFINISHED, State, state_of
 from iqlite.run.rundir import RunDir
 
 WHY = {
@@ -31,8 +31,7 @@ WHY = {
     "outside": "Answers outside the domain got worse. Lower superior.strength, or add such prompts as prompts.contrary.",
 }
 """Why a monitor stops a run, and what helps, by the monitor's name in result.json."""
-GOOD = ("finished", "converged")
-RUNNING_FOR = 90.0  # seconds without a new line after which a run without a result isn't thought to be running; our choice
+GOOD = (FINISHED, CONVERGED)
 
 
 @dataclass(frozen=True)
@@ -100,54 +99,46 @@ class Facts:
         return int(sum(one.get("response/tokens") or 0 for one in self.metrics))
 
 
-def facts_of(run: RunDir, now: float | None = None) -> Facts:
-    """What the run's files say; `now` is the time of day in seconds by which a run counts as running."""
-    recipe, metrics, result = run.recipe(), run.metrics(), run.result()
-    steps = [one for one in metrics if one["step"] > 0]
+def facts_of(run: RunDir) -> Facts:
+    """What the run's files say."""
+    recipe, metrics, result, environment = run.recipe(), run.metrics(), run.result(), run.environment()
     seconds = sum((one.get("time/step_s") or 0.0) + (one.get("time/eval_s") or 0.0) for one in metrics)
-    total = result["total"] if result else recipe.train.steps if recipe.train.epochs is None else None
-    if total is None and recipe.train.epochs is None:
-        total = 20
-    step = int(result["step"]) if result else int(steps[-1]["step"]) if steps else 0
-    has_adapter = (run.adapter / ADAPTER_WEIGHTS).is_file()
-    state, sentence, advice = _state(run, result, step, total, steps, time.time() if now is None else now)
+    state = state_of(run.path, to_data(recipe), environment, result, max((one["step"] for one in metrics), default=0))
+    sentence, advice = _said(run, state, result)
     size = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
-    found = figures(run, run.adapter) if has_adapter else {}
+    found = figures(run, run.adapter) if (run.adapter / ADAPTER_WEIGHTS).is_file() else {}
     return Facts(
         run.path.name or str(run.path),
         run.path,
         recipe,
-        run.environment(),
+        environment,
         metrics,
-        state,
+        state.name,
         sentence,
         advice,
-        step,
-        total,
+        state.step,
+        state.total,
         found,
         seconds,
         size,
     )
 
 
-def _state(
-    run: RunDir, result: Mapping[str, Any] | None, step: int, total: int | None, steps: Sequence[Mapping[str, Any]], now: float
-) -> tuple[str, str, str]:
-    of = f" of {total}" if total else ""
-    if result and result["why"] == "finished":
-        return "finished", f"Finished: all {step} steps.", ""
-    if result and result["why"] == "converged":
-        return "converged", f"Stopped after step {step}{of}, since the held-out distance from the target no longer fell.", ""
-    if result:
-        why = result["why"]
-        kept = f" The adapter kept is the best one, of step {result['best_step']}." if result.get("best_step") is not None else ""
-        return "stopped", f"Stopped by the monitor “{why}” after step {step}{of}.{kept}", WHY.get(why, "")
-    file = run.path / METRICS
-    last = steps[-1].get("time/step_s") or 0.0 if steps else 0.0
-    if file.is_file() and now - file.stat().st_mtime < max(RUNNING_FOR, 4 * last):
-        return "running", f"Running: step {step}{of}.", ""
-    again = f"Go on with: iqlite train RECIPE --out {run.path} --resume"
-    return "unfinished", f"Unfinished: interrupted or killed after step {step}{of}.", again
+def _said(run: RunDir, state: State, result: Mapping[str, Any] | None) -> tuple[str, str]:
+    """(a run's state in a sentence, what helps)."""
+    step, of = state.step, f" of {state.total}" if state.total else ""
+    if state.name == FINISHED:
+        return f"Finished: all {step} steps.", ""
+    if state.name == CONVERGED:
+        return f"Stopped after step {step}{of}, since the held-out distance from the target no longer fell.", ""
+    if state.name == RUNNING:
+        return f"Running: step {step}{of}.", ""
+    if state.name == UNFINISHED:
+        again = f"Go on with: iqlite train RECIPE --out {run.path} --resume"
+        return f"Unfinished: interrupted or killed; the last checkpoint is of step {step}{of}.", again
+    best = result and result.get("best_step")
+    kept = f" The adapter kept is the best one, of step {best}." if best is not None else ""
+    return f"Stopped by the monitor “{state.why}” after step {step}{of}.{kept}", WHY.get(state.why, "")
 
 
 def stability(facts: Facts) -> list[tuple[bool, str]]:

@@ -78,9 +78,9 @@ class Page:
             found.append({"prompt": some[0].prompt, "answers": [self._answer(heat, longest) for heat in some]})
         return found
 
-    def chart(self, title: str, what: str, series: Sequence[Series]) -> list[dict[str, Any]]:
+    def chart(self, title: str, what: str, series: Sequence[Series], unit: str = "step") -> list[dict[str, Any]]:
         """[a chart for the templates], or nothing where there is nothing to draw."""
-        made = chart(title, what, [Series(harmless(one.name), one.points) for one in series])
+        made = chart(title, what, [Series(harmless(one.name), one.points) for one in series], unit)
         if made is None:
             return []
         self.charts.append(made)
@@ -91,6 +91,7 @@ class Page:
                 "svg": made.svg,
                 "lines": made.lines,
                 "rows": made.rows,
+                "unit": made.unit,
                 "number": len(self.charts) - 1,
             }
         ]
@@ -99,7 +100,7 @@ class Page:
         """Aggregates for the templates."""
         points = [(at + 1.0, mean) for at, (mean, _) in enumerate(found.positions)]
         drawn = (
-            self.chart("Reward by position", "mean of the tokens at each place of an answer, nats", [Series(found.by, points)])
+            self.chart("Reward by position", "mean of the tokens at each place of an answer, nats", [Series(found.by, points)], "token")
             if len(points) > 1
             else []
         )

@@ -20,11 +20,11 @@ from iqlite.showing.page import MOST_TOKENS, Page
 
 CURVES = (
     ("Reward", "mean token reward of the step's answers, log π̃ − log π_θ, nats; nearer 0 is nearer the target", ("reward/mean",)),
-    ("Distance from the target", "KL(π_θ‖π̃), nats a token, in training and on held-out prompts", ("kl/policy_superior", HELD_OUT_KL)),
+    ("Distance from the target", "KL(π_θ‖π̃), nats a token; in training and on held-out prompts", ("kl/policy_superior", HELD_OUT_KL)),
     ("Distance from the base", "KL(π_θ‖π_ref), nats a token", ("kl/policy_reference", "eval/kl_policy_reference")),
     (
         "Held-out measure",
-        "mean score of held-out answers by the recipe's measure, beside the base's",
+        "mean score of held-out answers by the recipe's measure; beside the base's",
         ("eval/measure", "eval/measure_base"),
     ),
     ("Length", "tokens of an answer", ("response/length", "eval/length")),
@@ -106,11 +106,13 @@ def _series(facts: Facts, names: Sequence[str]) -> list[Series]:
 
 
 def _overlaid(page: Page, facts: Sequence[Facts]) -> list[dict[str, Any]]:
-    """The first metric of each curve, all runs in one chart; where training has none, the held-out one."""
+    """The first metric of each curve, all runs in one chart, so that what is said of a second one (after the semicolon) is left out."""
     return [
         made
         for title, what, names in CURVES
-        for made in page.chart(title, what, [Series(one.name, points(one.metrics, names[0])) for one in facts])
+        for made in page.chart(
+            title, what if len(names) == 1 else what.partition(";")[0], [Series(one.name, points(one.metrics, names[0])) for one in facts]
+        )
     ]
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from rich.cells import set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -118,7 +117,7 @@ class TrainingView:
 
     def verdict(self, step: int, verdict: Verdict) -> None:
         """A monitor's warning or stop."""
-        self.out.print(f"[{'bold red' if verdict.stop else 'yellow'}]step {step}: {escape(verdict.message)}[/]")
+        self.out.print(f"[{'bold red' if verdict.stop else 'yellow'}]step {step}: {clean(verdict.message)}[/]")
 
     def _remember(self, values: Mapping[str, Any]) -> None:
         for name, curve in self.curves.items():

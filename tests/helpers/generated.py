@@ -35,11 +35,19 @@ def commands_page() -> str:
     group: Any = typer.main.get_command(app)
     parent = group.make_context("iqlite", [], resilient_parsing=True)
     lines = [NOTE, "", "# Commands", "", "What `iqlite VERB --help` prints; [json.md](json.md) has what `--json` does.", ""]
-    for name, command in group.commands.items():
+    for name, command in verbs(group).items():
         context = command.context_class(command, parent=parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH, color=False)
         text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
         lines += [f"## iqlite {name}", "", "```text", text.strip(), "```", ""]
     return "\n".join(lines)
+
+
+def verbs(group: Any) -> dict[str, Any]:
+    """Verbs by name, each followed by those it has of its own, as `runs rm`."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        found |= {name: command} | {f"{name} {inner}": one for inner, one in getattr(command, "inner", {}).items()}
+    return found
 
 
 def _escaped(text: str) -> str:

@@ -114,9 +114,10 @@ def test_a_run_that_failed_says_why(make_folder: Callable[..., RunDir]) -> None:
     stopped = page([make_folder("stopped", why="measure")])
     assert "Stopped by the monitor “measure”" in stopped and "points the wrong way" in stopped
     run = make_folder("killed", why=None)
-    facts = facts_of(run, now=(run.path / "metrics.jsonl").stat().st_mtime + 1e6)
+    facts = facts_of(run)
     assert facts.state == "unfinished" and "--resume" in facts.advice
-    assert facts_of(run).state == "running"
+    with run.held():
+        assert facts_of(run).state == "running"
 
 
 def test_every_monitor_that_stops_has_its_reason() -> None:
@@ -219,3 +220,34 @@ def test_in_a_browser(browser: Any, make_folder: Callable[..., RunDir], tmp_path
         assert opened.locator("figure").first.locator("[data-step]").inner_text() != "last step"
         assert said == [] and asked == [file.as_uri()] and opened.evaluate("window.bad") is None
         context.close()
+
+
+def test_several_runs_in_a_browser(browser: Any, make_folder: Callable[..., RunDir], tmp_path: Path) -> None:
+    """What the colours are of is chosen at any run and holds for all of them; a chart says what it counts."""
+    file = tmp_path / "page.html"
+    runs = [make_folder(name) for name in ("one", "two")]
+    file.write_text(page(runs, [words("What a lovely day"), words("So it is")]), "utf-8")
+    opened = browser.new_page()
+    opened.goto(file.as_uri())
+    for summary in opened.locator("details > summary", has_text="All about").all():
+        summary.click()
+    assert opened.locator("fieldset.by").count() == 2
+
+    def colours() -> list[str]:
+        found: list[str] = opened.locator(".t").evaluate_all("tokens => tokens.map(token => token.className.split(' ')[1] || '')")
+        return found
+
+    before = colours()
+    opened.locator("fieldset.by").nth(1).get_by_label("what training changed").check()
+    after = colours()
+    turned = {"p": "n", "n": "p", "": ""}  # in these answers training changed the opposite of what is described
+    assert len(after) == 28 and [turned[one[:1]] for one in before] == [one[:1] for one in after]
+    assert opened.locator(".by input:checked").evaluate_all("inputs => inputs.map(input => input.value)") == ["trained", "trained"]
+    titles = {}
+    for figure in opened.locator("figure").all():
+        plot = figure.locator(".plot")
+        plot.focus()
+        opened.keyboard.press("End")
+        titles[figure.locator("figcaption b").inner_text()] = figure.locator("[data-step]").inner_text()
+    assert titles["Reward by position"].startswith("token ") and titles["Reward"] == "step 10"
+    opened.close()

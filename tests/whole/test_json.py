@@ -98,6 +98,8 @@ def test_every_verb_prints_what_the_page_says(iqlite: Call, data: dict[str, Any]
         "iqlite compare RUN --checkpoints": printed("compare", "run", "--checkpoints"),
         "iqlite inspect RECIPE": printed("inspect", "recipe.toml", "--count", "4"),
         "iqlite report RUN": printed("report", "run", "--count", "2"),
+        "iqlite runs": printed("runs", "."),
+        "iqlite runs cache": printed("runs", "cache"),
         "iqlite recipe": printed("recipe"),
         "iqlite plan RECIPE": printed("plan", "recipe.toml", "--card", "RTX 3060"),
         "iqlite plan --all": printed("plan", "--all"),

@@ -60,9 +60,11 @@
   addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   addEventListener("scroll", () => { if (shown && shown !== document.activeElement) hide(); }, { passive: true });
 
-  // What the colours are of.
-  document.querySelectorAll("input[name=by]").forEach((radio) => radio.addEventListener("change", () => {
+  // What the colours are of: of all answers on the page, wherever that was chosen.
+  const radios = document.querySelectorAll(".by input");
+  radios.forEach((radio) => radio.addEventListener("change", () => {
     const by = BY.indexOf(radio.value);
+    radios.forEach((other) => { other.checked = other.value === radio.value; });
     document.querySelectorAll(".tokens").forEach((answer) => answer.querySelectorAll(".t").forEach((token) => {
       const value = data.answers[answer.dataset.answer][token.dataset.n][1][by], part = Math.min(1, Math.abs(value) / data.most[by]);
       token.className = "t" + (part < 0.1 ? "" : " " + (value < 0 ? "n" : "p") + Math.min(4, 1 + Math.floor(4 * part)));
@@ -81,7 +83,7 @@
       n = Math.max(0, Math.min(steps.length - 1, to));
       const x = left + (x1 > x0 ? (steps[n] - x0) / (x1 - x0) : 0.5) * (right - left);
       if (move) { cursor.setAttribute("x1", x); cursor.setAttribute("x2", x); cursor.setAttribute("visibility", "visible"); }
-      at.textContent = "step " + steps[n].toLocaleString("en");
+      at.textContent = plot.dataset.unit + " " + steps[n].toLocaleString("en");
       chart.lines.forEach((line, i) => { let y = null; for (const p of line) if (p[0] <= steps[n]) y = p[1]; values[i].textContent = y === null ? "–" : +y.toPrecision(4); });
     };
     plot.addEventListener("pointermove", (event) => {
