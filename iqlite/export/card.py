@@ -60,11 +60,14 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
     return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for one in safety for sentence in one["worse"])]
 
 
-def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
-    """README.md in the hub's format: what was trained, from what, with which figures, and what is to be checked."""
+def model_card(manifest: Mapping[str, Any], *, peft: bool, base_model: str | None = "") -> str:
+    """README.md in the hub's format: what was trained, from what, with which figures, and what is to be checked.
+
+    `base_model` is the base's id on the hub: None for none there, "" for its name as it is.
+    """
     base, recipe, found = manifest["base"], manifest["recipe"], manifest["figures"]
     head = {
-        "base_model": hub_name(base["name"]),
+        **({} if base_model is None else {"base_model": base_model or hub_name(base["name"])}),
         "license": base["licence"] or "other",
         "library_name": "peft" if peft else "transformers",
         "pipeline_tag": "text-generation",

@@ -14,7 +14,7 @@ import tomli_w
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 Call = Callable[..., tuple[int, str, str]]
-ELSEWHERE = ("iqlite eval RUN",)  # tests/evaluation/test_harnesses.py
+ELSEWHERE = ("iqlite eval RUN", "iqlite push RUN")  # they need programs, or a hub: their own tests check them
 EMPTY: tuple[Any, ...] = (None, {}, [])
 KINDS: dict[str, Any] = {"text": str, "number": (int, float), "integer": int, "true or false": bool}
 
