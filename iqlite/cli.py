@@ -11,7 +11,25 @@ from typing import Annotated
 import typer
 
 from iqlite import __version__
-from iqlite.commands import bench, chat, compare, doctor, export, init, inspect, merge, plan, probe, recipe, report, runs, serve, train
+from iqlite.commands import (
+    bench,
+    chat,
+    compare,
+    doctor,
+    eval,
+    export,
+    init,
+    inspect,
+    merge,
+    plan,
+    probe,
+    push,
+    recipe,
+    report,
+    runs,
+    serve,
+    train,
+)
 from iqlite.commands.options import Verb, Verbs, examples
 from iqlite.errors import IqliteError
 from iqlite.streams import lost, outlive
@@ -27,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, compare, inspect, report, runs, init, recipe, plan, probe, bench, chat, serve, merge, export, doctor):
+for module in (train, compare, eval, inspect, report, runs, init, recipe, plan, probe, bench, chat, serve, merge, export, push, doctor):
     name = module.__name__.rpartition(".")[2]
     app.command(name, cls=getattr(module, "VERB", Verb), epilog=examples(module.EXAMPLES))(getattr(module, name))
 

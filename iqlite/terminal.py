@@ -199,6 +199,10 @@ class Count:
         """So many more are done."""
         self.progress.advance(self.task, number)
 
+    def moment(self, text: str) -> None:
+        """What the bar says meanwhile; nothing where there is none."""
+        self.progress.update(self.task, description=clean(text))
+
     def now(self, name: str) -> None:
         """What is being done now."""
         self.progress.update(self.task, description=clean(name))

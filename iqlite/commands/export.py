@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IDENTITY_FILE, check_mergeable, read_config
+from iqlite.base.identity import check_mergeable
 from iqlite.base.names import find_gguf, shape_of
 from iqlite.commands.options import Base, BaseWeights, Force, Json, Out, Scale, Weights, Which
 from iqlite.errors import RunError
@@ -55,6 +55,7 @@ def export(
     from iqlite.export.checks import leaving
     from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
     from iqlite.export.gguf_keys import ARCHITECTURE
+    from iqlite.export.peft import write_peft
     from iqlite.run.files import check_place, check_space, explained, replace_with
 
     console, to = terminal(stderr=as_json), target.value
@@ -129,13 +130,7 @@ def export(
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
         if to == "peft":
-            for file in (ADAPTER_WEIGHTS, IDENTITY_FILE):
-                if (folder / file).is_file():
-                    shutil.copyfile(folder / file, making / file)
-            config = read_config(folder)
-            config["lora_alpha"] *= scale
-            (making / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-            chat.tokenizer.save_pretrained(making)
+            write_peft(making, folder, chat, scale=scale)
         if to == "ollama":
             next_command = _ollama(making, out, recipe.model.base, original, merge, chat, quant, name, model_file, about)
         if making.is_dir():

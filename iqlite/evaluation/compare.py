@@ -34,7 +34,7 @@ from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import load_asked
 from iqlite.records import Prompts
 from iqlite.run.files import read_json
-from iqlite.run.findings import COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of
+from iqlite.run.findings import COMPARISON, HELD_OUT, adapter_digest, answers_in, file_of, harness_scores
 from iqlite.run.rundir import RunDir, check_adapter_of
 from iqlite.scoring.intervals import Array, elo, outcomes
 from iqlite.scoring.measures import HARMLESS, NAMES
@@ -54,7 +54,7 @@ class Comparison:
 
     `measures` are everybody's figures, base first and the trained model last; `contests` the trained model's against everybody else; `elo`
     points above the base; `kinds` (right, all) of requests to refuse and to answer, for harmless; `aim` what the look before training found;
-    `safety` figures before and after; `judging` what a judging model was asked.
+    `safety` figures before and after; `harnesses` what `iqlite eval` kept of this adapter; `judging` what a judging model was asked.
     """
 
     adapter_sha256: str
@@ -73,6 +73,7 @@ class Comparison:
     aim: dict[str, Any] | None
     categories: list[dict[str, Any]]
     safety: dict[str, Any] | None
+    harnesses: list[dict[str, Any]]
     judging: dict[str, int] | None
     question: str = field(repr=False)  # the prompt that the figures' examples answer
     prompted: int = field(repr=False)  # how many rows of `measures` behind the base are the prompted base
@@ -179,6 +180,7 @@ def compare(runs: Sequence[RunDir], question: Question, judge: str | None, judgi
         aim=run.aim(),
         categories=by_category(answers, won, score_KPS, asked.labels) if asked.labels else [],
         safety=_safety(session, run, {"base": who[0], TRAINED: who[-1]}, items, question, watch) if items else None,
+        harnesses=harness_scores(run, adapter_digest(adapter)),
         judging={"asked": judging.asked, "malformed": judging.malformed, "tokens": judging.tokens}
         if isinstance(judging, ModelJudge)
         else None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from iqlite import __version__
 from iqlite.base.names import hub_name
 from iqlite.recipe.schema import HubPrompts, Recipe
-from iqlite.run.findings import digest, figures
+from iqlite.run.findings import digest, figures, with_error
 from iqlite.run.rundir import RunDir, locked
 
 if TYPE_CHECKING:
@@ -60,11 +60,14 @@ def warnings(manifest: Mapping[str, Any]) -> list[str]:
     return [*said, *(f"{sentence[0].upper()}{sentence[1:]}" for one in safety for sentence in one["worse"])]
 
 
-def model_card(manifest: Mapping[str, Any], *, peft: bool) -> str:
-    """README.md in the hub's format: what was trained, from what, with which figures, and what is to be checked."""
+def model_card(manifest: Mapping[str, Any], *, peft: bool, base_model: str | None = "") -> str:
+    """README.md in the hub's format: what was trained, from what, with which figures, and what is to be checked.
+
+    `base_model` is the base's id on the hub: None for none there, "" for its name as it is.
+    """
     base, recipe, found = manifest["base"], manifest["recipe"], manifest["figures"]
     head = {
-        "base_model": hub_name(base["name"]),
+        **({} if base_model is None else {"base_model": base_model or hub_name(base["name"])}),
         "license": base["licence"] or "other",
         "library_name": "peft" if peft else "transformers",
         "pipeline_tag": "text-generation",
@@ -140,6 +143,13 @@ def _figure_lines(found: Mapping[str, Any]) -> list[str]:
         for m in compared["measures"]:
             error = m.get("score_se", m["tone_se"])  # None of one prompt
             lines.append(f"| {plain(m['name'])} | {m.get('score', m['tone']):.3f} | {'' if error is None else f'{error:.3f}'} | {m['words_median']:g} | {m['ended_share']:.0%} |")  # fmt: skip
+    if scores := found.get("harnesses"):
+        lines += ["", "By harnesses of others, the base beside the trained model, with standard errors:", ""]
+        lines += ["| task | by | samples | metric | base | trained |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {plain(one['task'])} | {one['harness']} {plain(one['harness_version'])} | {one['samples']} | {plain(one['metric'])} | {with_error(one, 'base')} | {with_error(one, 'trained')} |"
+            for one in scores
+        ]
     if "kl_adapter_merged" in found:
         lines += ["", f"KL(adapter on its base ‖ merged): {found['kl_adapter_merged']:.5f} nats a token."]
     return lines

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from iqlite import __version__
 from iqlite.recipe.schema import Recipe
+from iqlite.run.findings import with_error
 from iqlite.showing.aggregates import BY, Aggregates, aggregates
 from iqlite.showing.chart import Chart, Series, chart, number
 from iqlite.showing.gathering import AFTER, BEFORE, TARGET, pairs
@@ -53,7 +54,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"duration": duration, "number": number, "percent": _percent, "signed": _signed}
+    made.filters |= {"duration": duration, "number": number, "percent": _percent, "signed": _signed, "with_error": with_error}
     return made
 
 

@@ -14,6 +14,7 @@ import tomli_w
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 Call = Callable[..., tuple[int, str, str]]
+ELSEWHERE = ("iqlite eval RUN", "iqlite push RUN")  # they need programs, or a hub: their own tests check them
 EMPTY: tuple[Any, ...] = (None, {}, [])
 KINDS: dict[str, Any] = {"text": str, "number": (int, float), "integer": int, "true or false": bool}
 
@@ -110,6 +111,6 @@ def test_every_verb_prints_what_the_page_says(iqlite: Call, data: dict[str, Any]
         "iqlite merge RUN": printed("merge", "run", "-o", "merged"),
         "iqlite export RUN": printed("export", "run", "--to", "gguf", "-o", "run.gguf"),
     }
-    assert list(outputs) == list(sections())
+    assert list(outputs) == [command for command in sections() if command not in ELSEWHERE]
     for command, found in outputs.items():
         check(command, found)
