@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
+import socket
 from pathlib import Path
 
 import platformdirs
@@ -65,6 +68,18 @@ def cache_folder() -> Path:
     if "IQLITE_CACHE" in os.environ:
         return Path(os.environ["IQLITE_CACHE"]).expanduser()
     return platformdirs.user_cache_path("iqlite", appauthor=False)
+
+
+def making(name: str) -> Path:
+    """Where this process makes something for the cache. What processes of this computer that are no more have left of it is removed."""
+    import psutil
+
+    start = f"making-{name}-{socket.gethostname()}-"
+    for path in cache_folder().glob(f"{glob.escape(start)}*"):
+        number = path.name.removeprefix(start).partition(".")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+    return cache_folder() / f"{start}{os.getpid()}"
 
 
 def shipped_recipes() -> Path:

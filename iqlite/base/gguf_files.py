@@ -7,7 +7,6 @@ cache folder, and written beside its final place first, so that an interrupted o
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from typing import Any
 from iqlite.base.gguf_config import correct, loses_sizes
 from iqlite.base.gguf_header import gguf_header
 from iqlite.errors import BaseError, first_line
-from iqlite.places import cache_folder, usual_rights
+from iqlite.integrity import put
+from iqlite.places import cache_folder, making, usual_rights
 
 CONVERSION = 3  # raise it when the conversion changes, so that old caches aren't read
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
@@ -43,11 +43,11 @@ def convert_gguf(path: Path, name: str) -> Path:
     from iqlite.base.gguf_proof import prove
 
     dtype = torch.float32 if sum(file.stat().st_size for file in files) <= FLOAT32_UP_TO else torch.float16
-    link = cache_folder() / f"making-{digest}-{os.getpid()}"
-    making = link.with_suffix(".out")
+    link = making(digest)
+    out = link.with_name(f"{link.name}.out")  # not with_suffix: a host's name may have dots
     try:
         link.mkdir(parents=True, exist_ok=True)
-        making.mkdir(exist_ok=True)
+        out.mkdir(exist_ok=True)
         source = link / "model.gguf"  # transformers wants a folder and a file name; blobs have no suffix
         if len(files) > 1:
             join(files, source)
@@ -69,14 +69,14 @@ def convert_gguf(path: Path, name: str) -> Path:
             raise BaseError(
                 f"base {name!r}: the GGUF file {path} lacks {len(missing)} of its weights, such as {missing[0]}; download it again."
             )
-        model.save_pretrained(making)
-        tokenizer.save_pretrained(making)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
         del model
-        written = AutoModelForCausalLM.from_pretrained(making, dtype=dtype, use_safetensors=True)  # what was written is proved
+        written = AutoModelForCausalLM.from_pretrained(out, dtype=dtype, use_safetensors=True)  # what was written is proved
         prove(written, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
         del written
-        usual_rights(making)
-        os.replace(making, folder)
+        usual_rights(out)
+        put(out, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if folder.is_dir():  # another process was quicker
             return folder
@@ -89,7 +89,7 @@ def convert_gguf(path: Path, name: str) -> Path:
         ) from None
     finally:
         shutil.rmtree(link, ignore_errors=True)
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     return folder
 
 
