@@ -75,5 +75,10 @@ def test_a_base_that_moved_alone(project: Path, iqlite: Callable[..., tuple[int,
     assert paths(RunDir.open(run.path, str(base)))[0] == str(base)
     with pytest.raises(RunError, match="--base nowhere: there is no such file or folder"):
         RunDir.open(run.path, "nowhere")
+    for verb in ("merge", "export", "compare", "inspect", "report", "serve"):
+        code, _, err = iqlite(
+            verb, run.path, "--base", "nowhere", *{"merge": ["-o", "out"], "export": ["-o", "out", "--to", "peft"]}.get(verb, [])
+        )
+        assert code == 2 and "--base nowhere: there is no such file or folder" in err, verb
     code, _, err = iqlite("merge", run.path, "-o", tmp_path / "out")
     assert code == 2 and "--base PATH" in err and "Traceback" not in err

@@ -116,16 +116,18 @@ def main() -> None:
         "streams": streams.tries(folder, whole, asked.only, set(found)),
     }
     made = 0
-    for key, one in itertools.chain.from_iterable(parts[what] for what in asked.what):
-        found[key] = one
-        made += 1
-        if "wrong" in one:
-            print(key, one["wrong"], one.get("detail", ""), sep="\n  ", flush=True)
-        if time.monotonic() - began > asked.minutes * 60:
-            break
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(one, ensure_ascii=False)}" for key, one in found.items())
-    asked.results.write_text("{\n" + lines + "\n}\n", "utf-8")
-    asked.results.with_suffix(".md").write_text(table(found), "utf-8")
+    try:
+        for key, one in itertools.chain.from_iterable(parts[what] for what in asked.what):
+            found[key] = one
+            made += 1
+            if "wrong" in one:
+                print(key, one["wrong"], one.get("detail", ""), sep="\n  ", flush=True)
+            if time.monotonic() - began > asked.minutes * 60:
+                break
+    finally:
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(one, ensure_ascii=False)}" for key, one in found.items())
+        asked.results.write_text("{\n" + lines + "\n}\n", "utf-8")
+        asked.results.with_suffix(".md").write_text(table(found), "utf-8")
     print(f"{made} tries in {time.monotonic() - began:.0f} s, {sum('wrong' in one for one in found.values())} of {len(found)} in all wrong")
 
 

@@ -86,21 +86,23 @@ def tries(folder: Path, whole: Path, only: str, known: set[str]) -> Iterator[tup
         yield result("a lock whose process was killed", done.returncode, said=done.stderr)
 
 
-def begun(train: str, folder: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-    """A training that has taken its second step."""
+def begun(train: str, folder: Path, env: dict[str, str], lines: int) -> subprocess.Popen[str]:
+    """A training that holds the run's lock and has more than so many lines of metrics."""
     process = subprocess.Popen(
         train.split(), cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=(folder / "err.txt").open("w"), text=True
     )
-    metrics = folder / "run" / "metrics.jsonl"
-    before = len(metrics.read_bytes().splitlines()) if metrics.is_file() else 2
-    while process.poll() is None and not (metrics.is_file() and len(metrics.read_bytes().splitlines()) > before):
+    metrics, lock = (folder / "run" / name for name in ("metrics.jsonl", "lock.json"))
+    while process.poll() is None:
+        mine = lock.is_file() and f'"process": {process.pid},' in lock.read_text()
+        if mine and metrics.is_file() and len(metrics.read_bytes().splitlines()) > lines:
+            break
         time.sleep(0.01)
     return process
 
 
 def ended_by(number: int, train: str, folder: Path, env: dict[str, str]) -> int:
     """0 if a training that gets the signal ends with a checkpoint, and goes on to its end with --resume."""
-    process = begun(train, folder, env)
+    process = begun(train, folder, env, 2)
     process.send_signal(number)
     code = process.wait(120)
     if code not in (130, 0) or not list((folder / "run" / "checkpoints").glob("step-*")):
@@ -110,7 +112,7 @@ def ended_by(number: int, train: str, folder: Path, env: dict[str, str]) -> int:
 
 def two(train: str, folder: Path, env: dict[str, str], second: str = "") -> tuple[int, str]:
     """(0 if the second is refused in a sentence and the first goes on to its end, what the second said)."""
-    first = begun(train, folder, env)
+    first = begun(train, folder, env, 0)
     os.kill(first.pid, signal.SIGSTOP)  # it is still running, however long the second takes
     try:
         late = subprocess.run((second or train).split(), cwd=folder, env=env, capture_output=True, text=True, timeout=120)
