@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,6 +84,18 @@ def note_origin(folder: Path, source: str) -> None:
     with suppress(OSError):
         if not (folder / MADE_FROM).is_file():
             (folder / MADE_FROM).write_text(json.dumps({"from": source}) + "\n", "utf-8")
+
+
+def making(name: str) -> Path:
+    """Where this process makes something for the cache. What processes of this computer that are no more have left of it is removed."""
+    import psutil
+
+    start = f"making-{name}-{socket.gethostname()}-"
+    for path in cache_folder().glob(f"{glob.escape(start)}*"):
+        number = path.name.removeprefix(start).partition(".")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+    return cache_folder() / f"{start}{os.getpid()}"
 
 
 def shipped_recipes() -> Path:

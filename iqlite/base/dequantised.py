@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from iqlite.errors import BaseError, first_line
-from iqlite.places import cache_folder, note_origin
+from iqlite.integrity import put
+from iqlite.places import cache_folder, making, note_origin
 
 CONVERSION = 1  # raise it when the conversion changes, so that old caches aren't read
 READ = {"fp8": None, "mxfp4": None, "compressed-tensors": "compressed_tensors"}  # and the module that transformers needs to read one
@@ -51,11 +51,11 @@ def dequantised(source: str, config: Any, name: str, revision: str | None = None
     folder = cache_folder() / f"{method}-{_digest(kept)}-v{CONVERSION}"
     if (folder / "config.json").is_file():
         return str(folder)
-    making = cache_folder() / f"making-{folder.name}-{os.getpid()}"
+    out = making(folder.name)
     told = config.quantization_config if isinstance(config.quantization_config, dict) else config.quantization_config.to_dict()
     config.quantization_config = {**told, "dequantize": True}
     try:
-        making.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         model, found = auto_class(config, name).from_pretrained(
             kept, config=config, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -65,13 +65,13 @@ def dequantised(source: str, config: Any, name: str, revision: str | None = None
         for key in ("quantization_config", "_pre_quantization_dtype"):
             vars(model.config).pop(key, None)
         model.hf_quantizer, model.is_quantized, model._weight_conversions = None, False, None  # else they are saved as they were stored
-        model.to(torch.bfloat16).save_pretrained(making)
+        model.to(torch.bfloat16).save_pretrained(out)
         del model
         for file in kept.iterdir():  # tokenizer, chat template, generation's settings: as they are
             if file.is_file() and file.name != "config.json" and ".safetensors" not in file.name:
-                shutil.copyfile(file, making / file.name)
-        note_origin(making, name)
-        os.replace(making, folder)
+                shutil.copyfile(file, out / file.name)
+        note_origin(out, name)
+        put(out, folder)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # else another process was quicker
             raise BaseError(
@@ -82,7 +82,7 @@ def dequantised(source: str, config: Any, name: str, revision: str | None = None
             f"base {name!r} is stored as {method} in a way that transformers can't dequantise ({first_line(error)}): take the model's 16-bit original, or a GGUF file."
         ) from None
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     return str(folder)
 
 

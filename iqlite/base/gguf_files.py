@@ -7,20 +7,21 @@ cache folder, and written beside its final place first, so that an interrupted o
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from iqlite.base.gguf_config import correct, loses_sizes
 from iqlite.base.gguf_header import gguf_header
 from iqlite.errors import BaseError, first_line
-from iqlite.places import cache_folder, note_origin, usual_rights
+from iqlite.integrity import put
+from iqlite.places import cache_folder, making, note_origin, usual_rights
 
 CONVERSION = 3  # raise it when the conversion changes, so that old caches aren't read
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+FACTORS = ("rope_freqs", "rope_factors")  # tensors that scale positions
 FLOAT32_UP_TO = 2 * 2**30  # bytes of GGUF; larger files are converted to float16, half the disk
 
 
@@ -36,7 +37,6 @@ def convert_gguf(path: Path, name: str) -> Path:
         note_origin(folder, str(path.resolve()))
         return folder
     architecture, fields, factors = told(files, name)
-    import gguf
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -44,11 +44,11 @@ def convert_gguf(path: Path, name: str) -> Path:
     from iqlite.base.gguf_proof import prove
 
     dtype = torch.float32 if sum(file.stat().st_size for file in files) <= FLOAT32_UP_TO else torch.float16
-    link = cache_folder() / f"making-{digest}-{os.getpid()}"
-    making = link.with_suffix(".out")
+    link = making(digest)
+    out = link.with_name(f"{link.name}.out")  # not with_suffix: a host's name may have dots
     try:
         link.mkdir(parents=True, exist_ok=True)
-        making.mkdir(exist_ok=True)
+        out.mkdir(exist_ok=True)
         source = link / "model.gguf"  # transformers wants a folder and a file name; blobs have no suffix
         if len(files) > 1:
             join(files, source)
@@ -70,28 +70,28 @@ def convert_gguf(path: Path, name: str) -> Path:
             raise BaseError(
                 f"base {name!r}: the GGUF file {path} lacks {len(missing)} of its weights, such as {missing[0]}; download it again."
             )
-        model.save_pretrained(making)
-        tokenizer.save_pretrained(making)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
         del model
-        written = AutoModelForCausalLM.from_pretrained(making, dtype=dtype, use_safetensors=True)  # what was written is proved
-        prove(written, {tensor.name: tensor for file in files for tensor in gguf.GGUFReader(file).tensors}, architecture, fields, name)
+        written = AutoModelForCausalLM.from_pretrained(out, dtype=dtype, use_safetensors=True)  # what was written is proved
+        prove(written, {tensor.name: tensor for file in files for tensor in _tensors(file)}, architecture, fields, name)
         del written
-        note_origin(making, str(path.resolve()))
-        usual_rights(making)
-        os.replace(making, folder)
+        note_origin(out, str(path.resolve()))
+        usual_rights(out)
+        put(out, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if folder.is_dir():  # another process was quicker
             return folder
         raise BaseError(
             f"base {name!r}: the conversion can't be written to {cache_folder()} ({error}); free some space or set IQLITE_CACHE."
         ) from None
-    except (ValueError, LookupError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, NotImplementedError, RuntimeError, AttributeError, TypeError, ArithmeticError) as error:
         raise BaseError(
             f"base {name!r}: a GGUF of architecture {architecture!r} that transformers can't convert ({first_line(error)}); use the original model's folder."
         ) from None
     finally:
         shutil.rmtree(link, ignore_errors=True)
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     return folder
 
 
@@ -109,9 +109,14 @@ def parts_of(path: Path, name: str) -> list[Path]:
 
 def tensors_of(path: Path) -> list[Any]:
     """The tensors of a GGUF file, or of all its parts, as the gguf library reads them."""
+    return [tensor for part in parts_of(path, str(path)) for tensor in _tensors(part)]
+
+
+def _tensors(part: Path) -> Iterable[Any]:
     import gguf
 
-    return [tensor for part in parts_of(path, str(path)) for tensor in gguf.GGUFReader(part).tensors]
+    found: Iterable[Any] = gguf.GGUFReader(part).tensors
+    return found
 
 
 def join(parts: Sequence[Path], out: Path) -> None:
@@ -150,14 +155,10 @@ def _digest(files: Sequence[Path]) -> str:
 
 def told(files: Sequence[Path], name: str) -> tuple[str, dict[str, Any], dict[str, list[float]]]:
     """(architecture, metadata, tensors of rotation factors by their names); BaseError for a file that can't be read."""
-    import gguf
-
     try:
-        headers = [gguf_header(file) for file in files]  # each is checked before the library believes what it says
-        readers = [gguf.GGUFReader(file) for file in files]
-        factors = {
-            t.name: t.data.tolist() for reader in readers for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))
-        }
+        headers = [gguf_header(file) for file in files]  # the gguf library takes seconds over one, and believes what it says
+        scaled = [file for file, (_, tensors) in zip(files, headers, strict=True) if any(key.startswith(FACTORS) for key in tensors)]
+        factors = {t.name: t.data.tolist() for file in scaled for t in _tensors(file) if t.name.startswith(FACTORS)}
         return str(headers[0][0]["general.architecture"]), headers[0][0], factors
     except (ValueError, LookupError, TypeError, OSError, ArithmeticError, AttributeError) as error:
         raise BaseError(f"base {name!r}: the GGUF file {files[0]} can't be read ({first_line(error)}); download it again.") from None

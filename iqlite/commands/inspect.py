@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from iqlite.commands.options import Force, Json, Set, Which
+from iqlite.commands.options import Base, Force, Json, Set, Which
 from iqlite.errors import RecipeError, RunError
 from iqlite.terminal import clean, counting
 from iqlite.terminal import console as terminal
@@ -54,6 +54,7 @@ def inspect(
     top: Annotated[int, typer.Option(min=1, max=20, help="How many alternatives are kept for each token.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the answer to --prompt.")] = 0,
     which: Which = "adapter",
+    base: Base = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page to look at in a browser.")] = None,
     overrides: Set = None,
     force: Force = False,
@@ -68,10 +69,12 @@ def inspect(
     from iqlite.run.files import check_place
     from iqlite.run.rundir import RunDir
 
-    run = RunDir.open(target) if target.is_dir() and is_run(target) else None
+    run = RunDir.open(target, base) if target.is_dir() and is_run(target) else None
     recipe = None if run else load_recipe(target, overrides or [])
     if run and overrides:
         raise RecipeError(f"--set changes a recipe, and {target} is a run: leave it out, or inspect a recipe.")
+    if base and not run:
+        raise RecipeError(f"--base says where a run's base is now, and {target} is a recipe: --set model.base=PATH.")
     if samples and (not run or text is not None or prompt is not None):
         raise RunError("--samples are a run's: name a run, and leave --text and --prompt out.")
     if "" in (text, prompt):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from iqlite.commands.options import Force, Json
+from iqlite.commands.options import Base, Force, Json
 from iqlite.errors import IqliteError
 from iqlite.terminal import clean
 from iqlite.terminal import console as terminal
@@ -26,6 +26,7 @@ def report(
     rewards: Annotated[
         bool, typer.Option("--rewards/--no-rewards", help="Read the answers' tokens; this loads the base, once for each run.")
     ] = True,
+    base: Base = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -37,7 +38,7 @@ def report(
     from iqlite.run.files import check_place, explained
     from iqlite.run.rundir import RunDir
 
-    opened = [RunDir.open(path) for path in runs]
+    opened = [RunDir.open(path, base) for path in runs]
     check_place(out, out.name, force=force)
     console = terminal(stderr=as_json)
 

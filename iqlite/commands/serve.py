@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from iqlite.commands.options import Which
+from iqlite.commands.options import Base, Which
 from iqlite.errors import RunError
 from iqlite.terminal import clean
 from iqlite.terminal import console as terminal
@@ -30,6 +30,7 @@ def serve(
         typer.Option(envvar="IQLITE_SERVE_KEY", help="Key that clients must send; the variable keeps it out of lists of processes."),
     ] = None,
     which: Which = "adapter",
+    base: Base = None,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with status 429.")] = 256,
 ) -> None:
     """Serve a run to every OpenAI client, and a chat page.
@@ -46,7 +47,8 @@ def serve(
         said = f"--host {host} can be reached from elsewhere, so that it needs a key: --key {secrets.token_hex(16)}, for example."
         raise RunError(said)
     check_installed()
-    first, *rest = [RunDir.open(path) for path in run]
+    first, *rest = [RunDir.open(path, base) for path in run]
+    first.check_base()
     adapters = [one.trained(which) for one in (first, *rest)]
     for adapter in adapters:
         check_adapter_of(first, adapter)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from iqlite.errors import BaseError
 from iqlite.export.gguf_file import write_model
 from iqlite.export.merge import Merge
 from iqlite.export.stored import Stored
+from iqlite.places import making
 from iqlite.run.rundir import RunDir
 from tests.helpers.tiny import make_tokenizer
 
@@ -130,3 +135,27 @@ def test_a_conversion_that_lost_the_scaling_is_not_kept(
     assert not list((tmp_path / "cache").iterdir())
     assert json.loads((convert_gguf(file, "it") / "config.json").read_text())["rope_parameters"]["factor"] == 4.0
     assert gguf.GGUFReader(file).fields["llama.rope.scaling.factor"].contents() == 4.0
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(
+    written: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It can be as large as the model. Another process's that lives, or another computer's, stays."""
+    monkeypatch.setenv("IQLITE_CACHE", str(tmp_path / "cache"))
+    file, _ = written()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine, other = making("x").name.split("x")[1], f"-elsewhere-{gone.pid}"
+    digest = gguf_files._digest([file])
+    for left in (
+        f"-{socket.gethostname()}-{gone.pid}",
+        f"-{socket.gethostname()}-{gone.pid}.out",
+        f"-{socket.gethostname()}-{os.getppid()}",
+        other,
+    ):
+        (tmp_path / "cache" / f"making-{digest}{left}").mkdir(parents=True)
+    convert_gguf(file, "it")
+    assert mine == f"-{socket.gethostname()}-{os.getpid()}"
+    assert sorted(path.name.removeprefix(f"making-{digest}") for path in (tmp_path / "cache").glob("making-*")) == sorted(
+        [other, f"-{socket.gethostname()}-{os.getppid()}"]
+    )

@@ -17,13 +17,22 @@ enum { COUNT, KILL, HALF, FULL };
 static char prefix[4096];
 static long at = -1, seen = 0;
 static int kind = COUNT, armed = 0;
+static char last[8192];       /* the path of the operation that is looked at */
+static char names[1 << 20];   /* the paths of all that were counted, a line each */
+static size_t used = 0;
 
 void faults_arm(const char *folder, long n, int what) {
     snprintf(prefix, sizeof prefix, "%s", folder);
-    at = n, kind = what, seen = 0, armed = 1;
+    at = n, kind = what, seen = 0, armed = 1, used = 0, names[0] = 0;
 }
+const char *faults_names(void) { return names; }
 long faults_seen(void) { return seen; }
 
+static int is_below(const char *path) {
+    if (strncmp(path, prefix, strlen(prefix)) != 0) return 0;
+    snprintf(last, sizeof last, "%s", path + strlen(prefix));
+    return 1;
+}
 static int below(int dir, const char *path) {
     char whole[8192], folder[4096];
     if (!armed) return 0;
@@ -37,7 +46,7 @@ static int below(int dir, const char *path) {
         snprintf(whole, sizeof whole, "%s/%s", folder, path);
         path = whole;
     }
-    return strncmp(path, prefix, strlen(prefix)) == 0;
+    return is_below(path);
 }
 static int open_below(int fd) {
     char link[64], path[4096];
@@ -46,11 +55,13 @@ static int open_below(int fd) {
     ssize_t n = readlink(link, path, sizeof path - 1);
     if (n < 0) return 0;
     path[n] = 0;
-    return strncmp(path, prefix, strlen(prefix)) == 0;
+    return is_below(path);
 }
 /* 1: this operation needs disk space and there is none */
 static int hit(int needs_space) {
     seen++;
+    size_t n = strlen(last);
+    if (kind == COUNT && used + n + 2 < sizeof names) memcpy(names + used, last, n), used += n, names[used++] = '\n', names[used] = 0;
     if (at < 0) return 0;
     if ((kind == KILL || kind == HALF) && seen == at) kill(getpid(), SIGKILL), pause();
     if (kind == FULL && seen >= at && needs_space) { errno = ENOSPC; return 1; }
