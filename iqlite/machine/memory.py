@@ -24,6 +24,8 @@ CHUNK_BESIDE = 5.25  # of these, those beside the readings', where there are man
 LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
 FLOAT_ROTARY = ("olmo", "olmo2", "olmo3", "flex_olmo")  # rotate queries and keys in float32
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
+EAGER = ("gemma2",)  # attention by transformers' own mathematics, since a soft cap is in it
+EAGER_SCORES, EAGER_SAVED = 10, 8  # bytes a score at once without a gradient, and kept for it (some are float32)
 PHASES = ("rollout", "reading", "update")
 
 
@@ -217,9 +219,10 @@ def _passing(shape: Shape, work: Work, tokens: int, row: int, fills: float = 0.0
 
 
 def _attending(shape: Shape, work: Work, rows: float, row: int) -> float:
-    """Bytes of keys and values repeated for each query's head, where there are fewer of them."""
+    """Bytes of keys and values repeated for each query's head, where there are fewer of them, and of scores where they are ever there."""
     repeated = 2 * shape.heads * shape.head_dim if shape.kv_heads < shape.heads else 0
-    return rows * row * repeated * work.bytes
+    scores = EAGER_SCORES * shape.heads * row if shape.model_type in EAGER else 0
+    return rows * row * (repeated * work.bytes + scores)
 
 
 def _saved(shape: Shape, work: Work, tokens: int) -> float:
@@ -227,7 +230,8 @@ def _saved(shape: Shape, work: Work, tokens: int) -> float:
     and attention's query, result and repeated keys and values. Counted on the graph that autograd keeps."""
     inner = 4 * shape.intermediate + 2 * shape.hidden + 4 * shape.heads * shape.head_dim
     norms = 2 * shape.hidden + ((shape.heads + shape.kv_heads) * shape.head_dim if shape.model_type in QUERY_NORMED else 0)
-    return tokens * (work.bytes * inner + 4.0 * norms + work.longest * work.bytes)
+    scores = EAGER_SAVED * shape.heads if shape.model_type in EAGER else 0
+    return tokens * (work.bytes * inner + 4.0 * norms + work.longest * (work.bytes + scores))
 
 
 def _kv_bytes(shape: Shape, work: Work) -> float:

@@ -113,22 +113,20 @@ def _steps(card: PlayedCard, session: Session, full_length: Callable[[Rollout], 
         rows = {
             phase: max(1, min(count, work.prompts if phase == "update" else work.answers)) if step else 1 for phase, count in whole.items()
         }
-        requests, made = list(session.train.requests[: max(rows.values())]), []
+        requests = list(session.train.requests[: max(rows.values())])
         answer = partial(session.answers, "policy", requests[: rows["rollout"]], session.sampler("train"), step=step)
-        rolled = _measured(card, "rollout", planned, answer)
+        rolled, _ = _measured(card, "rollout", planned, answer)
         rollout: Rollout = full_length(session.answers("reference", requests, session.sampler("train"), step=step))
         part = _first(rollout, rows["reading"])
-        reading = _measured(
-            card, "reading", planned, lambda: made.append(read(session.policy, session.chat, part, session.readings, sizes))
-        )  # noqa: B023
-        hidden = {name: states_BTD[:1].expand(rows["update"], -1, -1) for name, states_BTD in made[0].hidden.items()}
-        part = _first(rollout, rows["update"])
-        updated = _measured(card, "update", planned, lambda: update(session, optimizer, part, SuperiorScores(hidden), 1e-4))  # noqa: B023
+        reading, scores = _measured(card, "reading", planned, partial(read, session.policy, session.chat, part, session.readings, sizes))
+        hidden = {name: states_BTD[:1].expand(rows["update"], -1, -1) for name, states_BTD in scores.hidden.items()}
+        part, given = _first(rollout, rows["update"]), SuperiorScores(hidden)
+        updated, _ = _measured(card, "update", planned, partial(update, session, optimizer, part, given, 1e-4))
     yield from (rolled, reading, updated)
     if evaluates:
         asked = list(session.eval.requests[: session.recipe.prompts.eval_count])
         answers = full_length(session.answers("policy", asked, session.sampler("eval")))
-        yield _measured(card, "reading", planned, lambda: session.score(answers, weights="base"))
+        yield _measured(card, "reading", planned, partial(session.score, answers, weights="base"))[0]
 
 
 def _first(rollout: Rollout, rows: int) -> Rollout:
@@ -136,13 +134,13 @@ def _first(rollout: Rollout, rows: int) -> Rollout:
     return replace(rollout, **short)
 
 
-def _measured(card: PlayedCard, phase: str, planned: dict[str, float], block: Callable[[], Any]) -> Peak:
+def _measured(card: PlayedCard, phase: str, planned: dict[str, float], block: Callable[[], Any]) -> tuple[Peak, Any]:
     gc.collect()
     card.memory.reset_peaks()
     before = card.counts.copy()
-    block()
+    made = block()
     of_allocator = planned[phase] - card.paged  # pages lie where the driver puts them
-    return Peak(phase, of_allocator, card.memory.peak_allocated, card.memory.peak_reserved, card.counts.since(before))
+    return Peak(phase, of_allocator, card.memory.peak_allocated, card.memory.peak_reserved, card.counts.since(before)), made
 
 
 @contextmanager
