@@ -30,9 +30,10 @@ def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -
     narrowing: dict[str, tuple[tuple[str, int], ...]] = {
         "rollout": (("rows", 1),),
         "reading": (("read_tokens", longest),),
-        "update": (("chunk_tokens", 4 * LEAST_CHUNK), ("update_tokens", longest), ("chunk_tokens", LEAST_CHUNK)),
+        "update": (("update_tokens", longest), ("chunk_tokens", LEAST_CHUNK)),  # a chunk fills what the widest layer leaves
     }
-    widths, full = start, replace(work, answers=cap.rows)  # a comparison may have more answers than a step
+    narrow = start if given is not None and given.chunk_tokens else replace(start, chunk_tokens=min(chunk, 4 * LEAST_CHUNK))
+    widths, full = narrow, replace(work, answers=cap.rows)  # a comparison may have more answers than a step
     for phase, steps in narrowing.items():
         for name, least in steps:
             if given is not None and getattr(given, name):
@@ -42,7 +43,7 @@ def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -
                 sized: dict[str, Any] = {name: size}
                 return estimate(shape, full, replace(widths, **sized)).total(phase) <= free
 
-            chosen: dict[str, Any] = {name: _widest(fits, least, getattr(widths, name))}
+            chosen: dict[str, Any] = {name: _widest(fits, least, getattr(start, name))}
             widths = replace(widths, **chosen)
     return estimate(shape, work, widths)
 

@@ -1,7 +1,9 @@
 """The memory model: bytes by term and phase from a model's shape and a recipe alone. No torch; `plan`, `train` and batch sizing (`fit`) share it.
 
-What stays (weights, adapter, optimizer) plus the largest phase (rollout, reading, update) is the peak. Coefficients that no closed
-form gives were measured on this project's own code and are named below; tests/bench/plan_error.py holds them against runs.
+What stays (weights, adapter, optimizer) plus the largest phase (rollout, reading, update) is the peak. A phase's largest moments don't coincide:
+of a layer's MLP and its attention, of a chunk's logits and a layer's backward pass, the larger one counts. Coefficients that no closed form
+gives were counted on this project's own code and are named below: for a card on a played one (tests/bench/plan_play.py), for a CPU by
+runs (tests/bench/plan_error.py).
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from iqlite.recipe.schema import Behavior, Principle, Recipe, readings_of
 
 GIB, MIB = 2**30, 2**20
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a byte a block of 64; a float32 for 256 of those (double quantisation)
-CONTEXT = {
-    "cuda": 480 * MIB,
-    "cpu": 395 * MIB,
-}  # CUDA context, cuBLAS workspace and kernels; a process after its imports. Measured on the CPU
-FRAGMENTATION = {"cuda": 1.08, "cpu": 1.30}  # of what comes and goes, what the allocator holds beyond it. Measured on the CPU
-CHUNK_COPIES = 14  # [chunk, V] float32 tensors alive at once in the chunked loss
-LOGIT_COPIES = 4  # [rows, V] float32 tensors alive at once while a token is chosen
+CONTEXT = {"cuda": 480 * MIB, "cpu": 395 * MIB}  # CUDA context and kernels; a process after its imports. Measured on the CPU
+WORKSPACES = 2 * 8519680  # bytes that cuBLAS keeps for each of two streams, ours and the one that graphs are recorded on
+FRAGMENTATION = 1.30  # of what comes and goes, what a CPU's allocator holds beyond it. Measured
+CHUNK_COPIES = {"cuda": 9, "cpu": 14}  # [chunk, V] float32 tensors alive at once in the chunked loss. Measured on the CPU
+CHUNK_BESIDE = 5.25  # of these, those beside the readings', where there are many readings
+LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
+FLOAT_ROTARY = ("olmo", "olmo2", "olmo3", "flex_olmo")  # rotate queries and keys in float32
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
+EAGER = ("gemma2",)  # attention by transformers' own mathematics, since a soft cap is in it
+EAGER_SCORES, EAGER_SAVED = 10, 8  # bytes a score at once without a gradient, and kept for it (some are float32)
 PHASES = ("rollout", "reading", "update")
 
 
@@ -126,7 +130,8 @@ def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:
     phases = {}
     for name in PHASES:
         found = {term: size for term, size in terms[name](shape, work, widths).items() if size}
-        found["fragmentation"] = sum(found.values()) * (FRAGMENTATION[work.device] - 1)
+        if work.device == "cpu":
+            found["fragmentation"] = sum(found.values()) * (FRAGMENTATION - 1)
         phases[name] = found
     return Plan(widths, _stays(shape, work), phases)
 
@@ -151,16 +156,21 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
         "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
         {"cuda": "CUDA context", "cpu": "process after imports"}[work.device]: float(CONTEXT[work.device]),
+        **({"cuBLAS workspaces": float(WORKSPACES)} if work.device == "cuda" else {}),
     }
 
 
 def _rollout(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     rows = min(widths.rows, work.answers)
+    kept = _kv_bytes(shape, work) * (rows * work.longest + work.description_tokens)
+    begun = _passing(shape, work, rows * work.prompt_tokens, work.longest, fills=kept / shape.layers)
+    drawn = 4.0 * LOGIT_COPIES * rows * shape.vocabulary + rows * (work.longest * work.bytes + 16 * work.new_tokens)
     return {
-        "key/value cache": _kv_bytes(shape, work) * (rows * work.longest + work.description_tokens),
-        "activations": float(rows * work.prompt_tokens * _passing(shape, work)),
-        "logits": 4.0 * LOGIT_COPIES * rows * shape.vocabulary,
-        "dequantised weights": 4.0 * shape.linear_weights if widths.fold else _dequantised(shape, work),
+        "key/value cache": kept,
+        "activations": begun,
+        "logits and what decoding holds": max(0.0, drawn + _attending(shape, work, rows, work.longest) - begun),
+        "adapter in 16 bits": 2.0 * shape.adapter_parameters(work.rank) if work.device == "cuda" else 0.0,
+        "matrices for decoding": 4.0 * shape.linear_weights if widths.fold else 0.0,
     }
 
 
@@ -168,21 +178,27 @@ def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     row = work.longest + work.description_tokens
     most = max(work.readings * work.prompts, (work.readings + 1) * work.answers)  # an evaluation reads by the policy too
     tokens = min(max(widths.read_tokens, row), most * row)
-    return {
-        "activations": float(tokens * (_passing(shape, work) + shape.hidden * work.bytes)),
-        "dequantised weights": _dequantised(shape, work),
-    }
+    return {"activations": _passing(shape, work, tokens, row)}
 
 
 def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     tokens = min(max(widths.update_tokens, work.longest), work.prompts * work.longest)
-    saved = _saved(shape, work)
-    layer_inputs = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
+    answers, hidden = tokens * work.new_tokens / work.longest, shape.hidden * work.bytes
+    kept = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
+    if not work.checkpointing:
+        kept = _saved(shape, work, tokens) * (shape.layers - 1)
+    chunk = min(widths.chunk_tokens, answers) * shape.vocabulary * 4.0 * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
+    states = tokens * (4.0 * shape.hidden + 2 * hidden) + 2 * answers * hidden
+    wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
+    back = _saved(shape, work, tokens) + max(3 * wide, 2 * wide + matrix) + 2 * tokens * hidden
+    if work.device == "cuda":  # the one's memory is used for the other
+        states, chunk, back = (states, chunk, 0.0) if states + chunk > back else (0.0, 0.0, back)
     return {
-        "activations": float(layer_inputs + tokens * saved) if work.checkpointing else float(tokens * saved * shape.layers),
-        "logits chunk": 4.0 * CHUNK_COPIES * min(widths.chunk_tokens, work.prompts * work.new_tokens) * shape.vocabulary,
+        "layers' inputs" if work.checkpointing else "activations of the layers before": kept,
+        "last states and their gradient": states,
+        "logits chunk": chunk,
+        "a layer's activations and gradients": back,
         "gradients": 4.0 * shape.adapter_parameters(work.rank),
-        "dequantised weights": _dequantised(shape, work),
     }
 
 
@@ -191,18 +207,31 @@ def offloaded(shape: Shape, work: Work, tokens: int) -> float:
     return float(tokens * shape.hidden * work.bytes * shape.layers)
 
 
-def _passing(shape: Shape, work: Work) -> float:
-    """Bytes a token needs within a layer without a gradient: three of the MLP's, and what attention holds."""
-    attention = 3 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    return work.bytes * max(3 * shape.intermediate + 2 * shape.hidden, float(attention))
+def _passing(shape: Shape, work: Work, tokens: int, row: int, fills: float = 0.0) -> float:
+    """Bytes of `tokens` tokens in rows of so many at a layer's largest moment without a gradient. `fills`: what it keeps of them from its attention on."""
+    hidden, queries, keys = shape.hidden * work.bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
+    mlp = 2 * tokens * hidden + max(3 * wide, 2 * wide + matrix)
+    moments = [mlp, tokens * (hidden + work.bytes * (2 * queries + 4 * keys)) + _attending(shape, work, tokens / row, row)]
+    if shape.model_type in FLOAT_ROTARY:
+        moments.append(tokens * (work.bytes * (queries + 2 * keys) + max(12 * queries, 4 * queries + 12 * keys)) - fills)
+    return 2 * tokens * hidden + tokens * row + max(moments)
 
 
-def _saved(shape: Shape, work: Work) -> float:
-    """Bytes a token's activations take in one layer until its backward pass: the MLP's four, the norms' inputs (float32) and outputs,
+def _attending(shape: Shape, work: Work, rows: float, row: int) -> float:
+    """Bytes of keys and values repeated for each query's head, where there are fewer of them, and of scores where they are ever there."""
+    repeated = 2 * shape.heads * shape.head_dim if shape.kv_heads < shape.heads else 0
+    scores = EAGER_SCORES * shape.heads * row if shape.model_type in EAGER else 0
+    return rows * row * (repeated * work.bytes + scores)
+
+
+def _saved(shape: Shape, work: Work, tokens: int) -> float:
+    """Bytes of the activations of one layer until its backward pass: the MLP's four, the norms' inputs (float32) and outputs,
     and attention's query, result and repeated keys and values. Counted on the graph that autograd keeps."""
     inner = 4 * shape.intermediate + 2 * shape.hidden + 4 * shape.heads * shape.head_dim
     norms = 2 * shape.hidden + ((shape.heads + shape.kv_heads) * shape.head_dim if shape.model_type in QUERY_NORMED else 0)
-    return work.bytes * inner + 4.0 * norms
+    scores = EAGER_SAVED * shape.heads if shape.model_type in EAGER else 0
+    return tokens * (work.bytes * inner + 4.0 * norms + work.longest * (work.bytes + scores))
 
 
 def _kv_bytes(shape: Shape, work: Work) -> float:

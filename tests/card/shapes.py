@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +22,13 @@ from iqlite.base.identity import Identity
 from iqlite.base.loading import Base, embed_on_host, train_on_any_cpu
 from iqlite.base.shape import Shape, known
 from iqlite.machine.fit import choose, given_widths
-from iqlite.machine.memory import GIB, PHASES, Plan, Work
+from iqlite.machine.memory import GIB, PHASES, Plan, Widths, Work, estimate
+from iqlite.machine.sizes import Sizes
 from iqlite.model import decoding, steady
 from iqlite.model.policy import Policy
 from iqlite.recipe.reading import load_recipe
 from iqlite.recipe.schema import Recipe
-from iqlite.records import Messages, Prompts, Rollout
-from iqlite.training.opening import sizes_for
+from iqlite.records import Messages, Prompts, Rollout, SuperiorScores
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.readings import read
 from iqlite.training.session import Session
@@ -60,68 +60,87 @@ class Peak:
 
 @dataclass(frozen=True)
 class Played:
-    """What a recipe's steps took. `said` are the notes of a memory that was full, `full` how often it was."""
+    """What a recipe's steps took. `said` are the notes of a memory that was full, `full` how often it was, `paged` bytes in bitsandbytes' pages."""
 
     plan: Plan
     peaks: tuple[Peak, ...]
     said: tuple[str, ...]
     full: int
     retries: int
+    paged: int
 
 
 def of_context(plan: Plan) -> dict[str, float]:
     """A plan's bytes in the allocator's tensors by phase: without the driver's context and what the allocator holds beyond."""
-    beside = plan.stays["CUDA context"]
-    return {phase: plan.total(phase) - beside - plan.phases[phase].get("allocator", 0.0) for phase in PHASES}
+    return {phase: plan.total(phase) - plan.stays["CUDA context"] - plan.phases[phase].get("allocator", 0.0) for phase in PHASES}
 
 
-def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: int = 0, card: str = "RTX 4070", steps: int = 2, expandable: bool = True,
+def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: int = 0, card: str = "RTX 4070", expandable: bool = True,
          roomy: bool = False, evaluates: bool = False) -> Played:  # fmt: skip
-    """Steps at the widths that `plan` chooses for a card of that size, every prompt and answer as long as it may be. `layers`: fewer than it has.
+    """A step at the widths that `plan` chooses for a card of that size, every prompt and answer as long as it may be.
 
-    One batch of each phase is played, and a smaller one after it. `roomy`: on a card without end.
+    `layers`: fewer than the base has, at the widths of all; what the card has free is then what `plan` says that these need. `roomy`: it has no end.
+    One whole batch of each phase is played (two of the update's); before it a step of one prompt, which leaves the optimizer its state.
     """
     recipe = load_recipe(recipe_path, list(settings))
     name = base or recipe.model.base
     config = dict(known()[name])
-    if layers:
-        config |= {"num_hidden_layers": layers} | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})
     shape = Shape.of(config, name)
     work, free = Work.of(recipe, shape, "cuda"), FREE * gb * GIB
     plan = choose(shape, work, free, given_widths(recipe))
+    if layers:
+        config |= {"num_hidden_layers": layers} | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})
+        shape = Shape.of(config, name)
+        plan = estimate(shape, work, plan.widths)
+        free = plan.peak
     said: list[str] = []
     with played(card, 400 if roomy else free / GIB, numbers=False, expandable=expandable) as there, _answers_of(DECODED):
-        session, full_length = _session(there, recipe, shape, work, config, free, said.append)
-        peaks = list(_steps(there, session, full_length, plan, work, steps, evaluates))
-        return Played(plan, tuple(peaks), tuple(said), there.memory.full, there.memory.retries)
+        session, full_length = _session(there, recipe, work, config, plan.widths, said.append)
+        peaks = list(_steps(there, session, full_length, plan, work, evaluates))
+        return Played(plan, tuple(peaks), tuple(said), there.memory.full, there.memory.retries, there.paged)
 
 
-def _steps(card: PlayedCard, session: Session, full_length: Callable[[Rollout], Rollout], plan: Plan, work: Work, steps: int, evaluates: bool) -> Iterator[Peak]:  # fmt: skip
+def _steps(card: PlayedCard, session: Session, full_length: Callable[[Rollout], Rollout], plan: Plan, work: Work, evaluates: bool) -> Iterator[Peak]:  # fmt: skip
     planned, sizes = of_context(plan), session.sizes
     optimizer = make_optimizer(session.policy, work.optimizer)
-    row = work.longest
-    reading = -(-sizes.read_tokens // (row * len(session.readings)))
-    most = max(min(sizes.together(row), work.answers), reading, sizes.update_tokens // row) + 1
-    requests = list(session.train.requests[: min(most, work.prompts)])
-    for step in range(1, steps + 1):
-        made: list[Any] = []
-        answer = partial(session.answers, "policy", requests, session.sampler("train"), step=step)
-        yield _measured(card, "rollout", planned, lambda answer=answer, made=made: made.append(answer()))
-        rollout: Rollout = full_length(made[0])
-        yield _measured(card, "reading", planned, lambda: made.append(read(session.policy, session.chat, rollout, session.readings, sizes)))  # noqa: B023
-        yield _measured(card, "update", planned, lambda: update(session, optimizer, rollout, made[1], 1e-4))  # noqa: B023
+    row = work.longest - HEAD  # what all requests begin with is read once
+    whole = {
+        "rollout": sizes.together(work.longest),
+        "reading": sizes.read_tokens // (row * len(session.readings)),
+        "update": 2 * max(1, sizes.update_tokens // row),
+    }
+    for step in range(2):
+        rows = {
+            phase: max(1, min(count, work.prompts if phase == "update" else work.answers)) if step else 1 for phase, count in whole.items()
+        }
+        requests = list(session.train.requests[: max(rows.values())])
+        answer = partial(session.answers, "policy", requests[: rows["rollout"]], session.sampler("train"), step=step)
+        rolled, _ = _measured(card, "rollout", planned, answer)
+        rollout: Rollout = full_length(session.answers("reference", requests, session.sampler("train"), step=step))
+        part = _first(rollout, rows["reading"])
+        reading, scores = _measured(card, "reading", planned, partial(read, session.policy, session.chat, part, session.readings, sizes))
+        hidden = {name: states_BTD[:1].expand(rows["update"], -1, -1) for name, states_BTD in scores.hidden.items()}
+        part, given = _first(rollout, rows["update"]), SuperiorScores(hidden)
+        updated, _ = _measured(card, "update", planned, partial(update, session, optimizer, part, given, 1e-4))
+    yield from (rolled, reading, updated)
     if evaluates:
         asked = list(session.eval.requests[: session.recipe.prompts.eval_count])
         answers = full_length(session.answers("policy", asked, session.sampler("eval")))
-        yield _measured(card, "reading", planned, lambda: session.score(answers, weights="base"))
+        yield _measured(card, "reading", planned, partial(session.score, answers, weights="base"))[0]
 
 
-def _measured(card: PlayedCard, phase: str, planned: dict[str, float], block: Callable[[], Any]) -> Peak:
+def _first(rollout: Rollout, rows: int) -> Rollout:
+    short = {name: getattr(rollout, name)[:rows] for name in ("index", "requests", "prompt_ids", "tokens_BT", "mask_BT", "ended_B")}
+    return replace(rollout, **short)
+
+
+def _measured(card: PlayedCard, phase: str, planned: dict[str, float], block: Callable[[], Any]) -> tuple[Peak, Any]:
     gc.collect()
     card.memory.reset_peaks()
     before = card.counts.copy()
-    block()
-    return Peak(phase, planned[phase], card.memory.peak_allocated, card.memory.peak_reserved, card.counts.since(before))
+    made = block()
+    of_allocator = planned[phase] - card.paged  # pages lie where the driver puts them
+    return Peak(phase, of_allocator, card.memory.peak_allocated, card.memory.peak_reserved, card.counts.since(before)), made
 
 
 @contextmanager
@@ -142,19 +161,21 @@ def _answers_of(tokens: int) -> Iterator[None]:
 
 
 def _session(
-    card: PlayedCard, recipe: Recipe, shape: Shape, work: Work, config: dict[str, Any], free: float, say: Callable[[str], None]
+    card: PlayedCard, recipe: Recipe, work: Work, config: dict[str, Any], widths: Widths, say: Callable[[str], None]
 ) -> tuple[Session, Callable[[Rollout], Rollout]]:
     base = base_of(card, config, torch.bfloat16 if card.model.capability >= (8, 0) else torch.float16)
     if recipe.model.embeddings == "host":
         embed_on_host(base.model)
-    policy = Policy(base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=0, checkpointing=work.checkpointing)
+    policy = Policy(
+        base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=0, checkpointing=work.checkpointing, offload=work.offload
+    )
     if recipe.superior.weights == "ema":
         policy.add_ema()
     requests: tuple[Messages, ...] = tuple(({"role": "user", "content": str(i)},) for i in range(work.answers))
     chat: Any = Words(work.prompt_tokens, work.description_tokens)
-    session = Session(
-        recipe, policy, chat, Prompts(requests), Prompts(requests), None, "user", (), sizes_for(recipe, shape, work, free, say)
-    )
+    rest = {name: getattr(widths, name) for name in ("read_tokens", "update_tokens", "chunk_tokens")}
+    sizes = Sizes(widths.rows, rollout_tokens=widths.rows * work.longest, say=say, **rest)
+    session = Session(recipe, policy, chat, Prompts(requests), Prompts(requests), None, "user", (), sizes)
 
     def full_length(rollout: Rollout) -> Rollout:
         rows, new = len(rollout.index), recipe.rollout.max_new_tokens
@@ -240,21 +261,3 @@ def _quantised(card: PlayedCard, linear: nn.Linear, dtype: torch.dtype) -> nn.Mo
         layer.bias = nn.Parameter(_empty(card, out, dtype=dtype), requires_grad=False)
     made: nn.Module = layer
     return made
-
-
-def record(played: Played) -> list[dict[str, Any]]:
-    """The largest of each phase, in GiB, for a table."""
-    rows = []
-    for phase in PHASES:
-        found = [peak for peak in played.peaks if peak.phase == phase]
-        most = max(found, key=lambda peak: peak.allocated)
-        rows.append(
-            {
-                "phase": phase,
-                "planned_gib": round(most.planned / GIB, 3),
-                "allocated_gib": round(most.allocated / GIB, 3),
-                "reserved_gib": round(max(peak.reserved for peak in found) / GIB, 3),
-                "widths": asdict(played.plan.widths),
-            }
-        )
-    return rows

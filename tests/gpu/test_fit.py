@@ -12,7 +12,12 @@ import sys
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+PLAYED = torch.cuda.is_available() and torch.cuda.get_device_name().startswith("played")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
+    pytest.mark.skipif(PLAYED, reason="a process of its own has no played card; tests/bench/plan_play.py plays real sizes"),
+]
 CASES = [("llama-2-7b", 6), ("llama-2-7b", 8), ("olmo-2-7b", 8), ("13b", 10), ("13b", 12), ("13b", 24)]
 
 
