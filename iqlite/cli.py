@@ -14,6 +14,8 @@ from iqlite import __version__
 from iqlite.commands import bench, chat, compare, doctor, export, init, inspect, merge, plan, probe, recipe, report, serve, train
 from iqlite.commands.options import Verb, Verbs
 from iqlite.errors import IqliteError
+from iqlite.machine import ranks
+from iqlite.machine.watch import mute
 from iqlite.streams import lost, outlive
 from iqlite.terminal import harmless
 
@@ -42,14 +44,20 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
-    pass
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if ranks.rank() > 0 and context.invoked_subcommand != "train":  # of several processes one does what isn't shared out
+        raise typer.Exit
 
 
 def main() -> None:
     """The console script: errors for people are one sentence on standard error and exit code 2; what nobody foresaw is one, with exit code 1."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if ranks.rank() > 0:
+        mute()
     outlive()
     survived = _Survived()
     logging.getLogger("iqlite").addHandler(survived)
@@ -63,6 +71,7 @@ def main() -> None:
                 lost()
             raise
     except IqliteError as error:
+        ranks.joined().fault(str(error), 2)
         sys.stderr.write(f"iqlite: {error}\n")
         sys.exit(2)
     except Exception as error:  # what nobody foresaw becomes a sentence too
@@ -70,7 +79,9 @@ def main() -> None:
 
         if os.environ.get(unforeseen.DEBUG):
             raise
-        sys.stderr.write(f"iqlite: {unforeseen.explain(error, sys.argv)}\n")
+        text = unforeseen.explain(error, sys.argv)
+        ranks.joined().fault(text, 1)
+        sys.stderr.write(f"iqlite: {text}\n")
         sys.exit(1)
     finally:
         logging.getLogger("iqlite").removeHandler(survived)

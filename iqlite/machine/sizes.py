@@ -11,6 +11,7 @@ import torch
 
 from iqlite.device import is_out_of_memory, let_go
 from iqlite.errors import BaseError
+from iqlite.machine.ranks import Ranks
 from iqlite.recipe.schema import Recipe
 
 WORDS = {
@@ -49,6 +50,14 @@ class Sizes:
         for name, value in record.items():
             if name != "fold":
                 setattr(self, name, value)
+
+    def agree(self, ranks: Ranks) -> None:
+        """As little as any of several processes has room for: from here on all are as wide, and a checkpoint's widths are everyone's."""
+        before, least = self.record(), ranks.least(self.record())
+        self.restore(least)
+        for which, words in WORDS.items():
+            if least[which] < before[which]:
+                self.say(f"another process has less memory: {least[which]} instead of {before[which]} {words} from now on.")
 
     def together(self, tokens: int) -> int:
         """How many answers are decoded at once, if the longest may come to that many tokens with its prompt."""
