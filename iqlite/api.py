@@ -82,7 +82,7 @@ def begin(
     one has the run directory, the others a stand-in that writes nothing.
     """
     listener = listener or Quiet()
-    ranks.check_enough(recipe)
+    ranks.check_enough(recipe, ranks.size())
     path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
     leads = ranks.rank() == 0
     existing = _existing(path, resume=resume, force=force) if leads else None  # what can't be is said before torch is imported

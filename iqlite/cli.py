@@ -71,7 +71,7 @@ def main() -> None:
                 lost()
             raise
     except IqliteError as error:
-        ranks.joined().fault(str(error), 2)
+        ranks.fault(str(error), 2)
         sys.stderr.write(f"iqlite: {error}\n")
         sys.exit(2)
     except Exception as error:  # what nobody foresaw becomes a sentence too
@@ -80,7 +80,7 @@ def main() -> None:
         if os.environ.get(unforeseen.DEBUG):
             raise
         text = unforeseen.explain(error, sys.argv)
-        ranks.joined().fault(text, 1)
+        ranks.fault(text, 1)
         sys.stderr.write(f"iqlite: {text}\n")
         sys.exit(1)
     finally:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iqlite.errors import BaseError, RecipeError, RunError, first_line
+from iqlite.machine.watch import own_stderr
 from iqlite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 MEETING = timedelta(minutes=10)  # until all have come, with their imports
+UNMET = 8  # seconds
 WAITING = timedelta(days=30)  # for a result: a rollout takes as long as it takes; `Watch` notices who is no more
 
 
@@ -62,12 +65,12 @@ def launched_by() -> list[str]:
     return ["torchrun", "--nproc-per-node", str(local_size()), "-m", "iqlite"]
 
 
-def check_enough(recipe: Recipe) -> None:
-    """RecipeError where a process would have nothing to do. Before anything is loaded or written."""
-    prompts = recipe.rollout.prompts_per_step + (recipe.contrary_per_step if recipe.prompts.contrary else 0)
-    if size() > prompts:
+def check_enough(recipe: Recipe, processes: int) -> None:
+    """RecipeError where one of so many processes would have nothing to do. Before anything is loaded or written."""
+    prompts = recipe.rollout.prompts_per_step + recipe.contrary_per_step
+    if processes > prompts:
         raise RecipeError(
-            f"{recipe.path}: {size()} processes share out a step of {prompts} prompts, so {size() - prompts} would have nothing to do: "
+            f"{recipe.path}: {processes} processes share out a step of {prompts} prompts, so {processes - prompts} would have nothing to do: "
             f"raise rollout.prompts_per_step ({recipe.rollout.prompts_per_step}), or start at most {prompts}."
         )
 
@@ -158,7 +161,9 @@ class Ranks:
 
     def least(self, numbers: Mapping[str, int]) -> dict[str, int]:
         """Each number as small as any process has it."""
-        return {name: min(theirs[name] for theirs in self.everyone_s(dict(numbers))) for name in numbers} if self.size > 1 else dict(numbers)
+        return (
+            {name: min(theirs[name] for theirs in self.everyone_s(dict(numbers))) for name in numbers} if self.size > 1 else dict(numbers)
+        )
 
     def add_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Makes every parameter's gradient the sum of everyone's: one flat float32 sum, the same to the bit in all processes."""
@@ -169,7 +174,7 @@ class Ranks:
 
         trained = list(parameters)
         flat_N = torch.zeros(sum(parameter.numel() for parameter in trained))
-        parts = list(zip(trained, flat_N.split([parameter.numel() for parameter in trained]), strict=True))
+        parts = list(zip(trained, torch.split(flat_N, [parameter.numel() for parameter in trained]), strict=True))
         for parameter, part_n in parts:
             if parameter.grad is not None:
                 part_n.copy_(parameter.grad.reshape(-1))
@@ -245,9 +250,13 @@ def join() -> Ranks:
     return Ranks(rank(), size(), local_rank() == 0, group, Watch(rank(), size()))
 
 
-def joined() -> Ranks:
-    """The processes that have met already; `ALONE` before that."""
-    return join() if join.cache_info().currsize else ALONE
+def fault(text: str, code: int) -> None:
+    """What ends this process: with several, all end, and it is said once. Returns where this one is to say it itself."""
+    if join.cache_info().currsize:
+        join().fault(text, code)
+    elif rank() > 0:
+        time.sleep(UNMET)  # most likely the leader says the same, and the launcher ends this one
+        os.write(own_stderr(), f"iqlite: process {rank()}: {text}\n".encode(errors="replace"))
 
 
 def _take_card(cuda: Any) -> None:

@@ -27,17 +27,17 @@ STDERR = 2  # a file descriptor
 
 
 class Watch:
-    """This process's signs of life and its eye on the others'. `fault` ends all processes with one message, whoever calls it."""
+    """This process's signs of life and its eye on the others'. `fault` ends all processes with one message, whoever calls it first."""
 
     def __init__(self, rank: int, size: int):
         """Starts to watch. When it returns, all have started."""
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         self.rank, self.size = rank, size
         prefix = f"iqlite/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
         limit = timedelta(seconds=SILENT)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store: Any = dist.PrefixStore(prefix, dist.TCPStore(*place, is_master=False, timeout=limit))
+        self.store: Any = PrefixStore(prefix, TCPStore(*place, is_master=False, timeout=limit))
         self.host = socket.gethostname()
         me = {"pid": os.getpid(), "host": self.host, "began": psutil.Process().create_time()}
         self.store.set(f"who/{rank}", json.dumps(me))
@@ -63,30 +63,27 @@ class Watch:
                     return str(json.loads(self.store.get("fault"))["text"])
             except RuntimeError:  # the store is gone: its process is
                 break
-            if gone := self._killed():
+            if gone := self.killed():
                 return gone
             time.sleep(0.1)
         return f"another process can't be reached any more ({otherwise}). {GO_ON}"
 
     def fault(self, text: str, code: int) -> None:
-        """Ends this process, and soon all. The first fault of any of them is the one that is said, once, by the leader or, where that is no
-        more, by the next."""
+        """Ends this process, and soon all. The first fault of any of them is the one that is said, once: by the leader, if it still can."""
         self.done.set()
         mine = json.dumps({"text": text, "code": code, "of": self.rank})
         try:
             said = json.loads(self.store.compare_set("fault", "", mine))
         except RuntimeError:
             said = json.loads(mine)
-        if self.rank == self._speaker() and self.speaking.acquire(blocking=False):
-            os.write(STDERR if self.rank == 0 else own_stderr(), f"iqlite: {said['text']}\n".encode(errors="replace"))
-        elif self.rank != 0:
-            time.sleep(PATIENCE)  # a store of the leader's must be there until all have read it, and the leader must be until it has spoken
-        sys.stderr.flush()
+        if self.rank != 0 and self._answers(0):
+            time.sleep(PATIENCE)  # until it has said so; a launcher kills it as soon as this one ends
+        if self._may_speak():
+            sys.stderr.flush()
+            os.write(own_stderr(), f"iqlite: {said['text']}\n".encode(errors="replace"))
+        if self.rank == 0:
+            time.sleep(EVERY)  # the store may be this process's
         os._exit(said["code"])
-
-    def killed(self) -> str:
-        """Who of this machine's processes has ended without a word, as a sentence; "" if none has."""
-        return self._killed()
 
     def _run(self) -> None:
         while not self.done.wait(EVERY):
@@ -112,9 +109,10 @@ class Watch:
         silent = [other for other in range(self.size) if now - self.seen[other][1] > SILENT and not self._went(other)]
         if silent:
             return f"{self._named(silent[0])} hasn't answered for {SILENT:.0f} s (stopped, or its machine can't be reached). {GO_ON}"
-        return self._killed()
+        return self.killed()
 
-    def _killed(self) -> str:
+    def killed(self) -> str:
+        """Who of this machine's processes has ended without a word, as a sentence; "" if none has."""
         for other in range(self.size):
             if self.others[other]["host"] == self.host and not _lives(self.others[other]) and not self._went(other):
                 return f"{self._named(other)} has ended without a word (killed, or the computer's memory was full). {GO_ON}"
@@ -126,16 +124,19 @@ class Watch:
             return bool(self.store.check([f"gone/{other}"]))
         return False
 
-    def _speaker(self) -> int:
-        """The lowest rank that is known to live."""
-        now = time.monotonic()
-        living = [
-            other
-            for other in range(self.size)
-            if other == self.rank
-            or (now - self.seen[other][1] <= SILENT and (self.others[other]["host"] != self.host or _lives(self.others[other])))
-        ]
-        return min(living)
+    def _answers(self, other: int) -> bool:
+        silent = time.monotonic() - self.seen[other][1] > SILENT
+        return not silent and (self.others[other]["host"] != self.host or _lives(self.others[other]))
+
+    def _may_speak(self) -> bool:
+        """True in one process of all."""
+        if not self.speaking.acquire(blocking=False):
+            return False
+        try:
+            said: bytes = self.store.compare_set("said", "", str(self.rank))
+            return bool(said == str(self.rank).encode())
+        except RuntimeError:  # the store is gone with the leader
+            return not any(map(self._answers, range(self.rank)))
 
     def _named(self, other: int) -> str:
         return f"process {other} ({self.others[other]['pid']} on {self.others[other]['host']})"

@@ -184,7 +184,7 @@ class Interrupt:
         self.asked, self.since = True, time.monotonic()
         if self.ranks.watch is None:
             self.out.print("[yellow]finishing this step, then writing a checkpoint (Ctrl-C again stops at once)[/]")
-        elif killed := self.ranks.watch.killed():  # the launcher ends the others
+        elif killed := self.ranks.watch.killed():  # and the launcher ends the others
             self.ranks.watch.fault(killed, 1)
         else:
             self.out.print(f"[yellow]finishing this step, then writing a checkpoint, if that takes less than {GRACE} s[/]")
