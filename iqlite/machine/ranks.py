@@ -61,7 +61,7 @@ def launched_by() -> list[str]:
     if size() == 1:
         return ["iqlite"]
     if any(name.startswith("ACCELERATE_") for name in os.environ):
-        return ["accelerate", "launch", "--num_processes", str(size()), "-m", "iqlite"]
+        return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(size()), "-m", "iqlite"]
     return ["torchrun", "--nproc-per-node", str(local_size()), "-m", "iqlite"]
 
 

@@ -150,7 +150,8 @@ class Watch:
 def _lives(who: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(int(who["pid"]))
-        return abs(process.create_time() - float(who["began"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - float(who["began"])) < 1
+        return same and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
