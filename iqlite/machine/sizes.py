@@ -103,7 +103,7 @@ class Attempt:
         setattr(self.sizes, self.which, fewer)
         let_go()
         self.sizes.say(
-            f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result stays the same but for rounding."
+            f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result is the same but for rounding, which may draw another token now and then."
         )
 
 
