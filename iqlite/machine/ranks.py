@@ -221,9 +221,9 @@ class Ranks:
         """An exchange with the others; where one of them is no more, all end, and one says why."""
         try:
             exchange()
-        except RuntimeError as error:
+        except RuntimeError:  # gloo's words for a closed connection
             assert self.watch is not None
-            self.watch.fault(self.watch.why(first_line(error)), 1)
+            self.watch.fault(self.watch.why(), 1)
 
 
 ALONE = Ranks()

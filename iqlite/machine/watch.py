@@ -54,7 +54,7 @@ class Watch:
         """Nothing is waited for any more."""
         self.done.set()
 
-    def why(self, otherwise: str) -> str:
+    def why(self) -> str:
         """Why an exchange with the others failed: what one of them said before it ended, or who is no more."""
         began = time.monotonic()
         while time.monotonic() - began < PATIENCE:
@@ -66,7 +66,7 @@ class Watch:
             if gone := self.killed():
                 return gone
             time.sleep(0.1)
-        return f"another process can't be reached any more ({otherwise}). {GO_ON}"
+        return f"another process can't be reached any more: it has ended, or its machine or the network has. {GO_ON}"
 
     def fault(self, text: str, code: int) -> None:
         """Ends this process, and soon all. The first fault of any of them is the one that is said, once: by the leader, if it still can."""

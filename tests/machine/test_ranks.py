@@ -100,7 +100,7 @@ def test_several_processes_are_one(recipe_file: Callable[..., str], tmp_path: Pa
         2,
         [
             {"recipe": others, "out": str(tmp_path / "others-2")},
-            {"recipe": plain, "out": str(tmp_path / "short-2"), "limit": 40},
+            {"recipe": plain, "out": str(tmp_path / "short-2"), "limit": 80},
             {"recipe": plain, "out": legs, "stop": 2},
         ],
         tmp_path,
