@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from iqlite.errors import AimError, PromptsError, RunError
+from iqlite.machine import ranks
 from iqlite.places import RUNS
 from iqlite.recipe.reading import load_recipe as load_file
-from iqlite.recipe.reading import overridden, parse_recipe
+from iqlite.recipe.reading import overridden, parse_recipe, to_data
 from iqlite.recipe.schema import Recipe
 from iqlite.run.files import check_space, free_name
 from iqlite.run.findings import JUDGEMENTS
 from iqlite.run.lock import Lock
-from iqlite.run.rundir import AIM, RunDir, check_replaceable
+from iqlite.run.rundir import AIM, RunDir, Unwritten, check_replaceable
 from iqlite.training.trackers import check_trackers, tracked
 
 if TYPE_CHECKING:
@@ -78,28 +79,39 @@ def begin(
     """(session, run directory) of a recipe that is ready for its next step: loaded, looked at, its folder made or opened.
 
     `force` replaces a folder, and goes on where memory seems too small or the target points the wrong way. AimError, with nothing written, where it
-    does; RunError for a folder that is there, can't be resumed or is being trained. The run is locked until its `release`.
+    does; RunError for a folder that is there, can't be resumed or is being trained. The run is locked until its `release`. Of several processes
+    one has the run directory, the others a stand-in that writes nothing.
     """
     listener = listener or Quiet()
     check_trackers(recipe)
+    ranks.check_enough(recipe, ranks.size())
     path = Path(out) if out else (RUNS / recipe.path.stem if resume or force else free_name(RUNS, recipe.path.stem))
-    existing = _existing(path, resume=resume, force=force)  # what can't be is said before torch is imported
+    leads = ranks.rank() == 0
+    existing = _existing(path, resume=resume, force=force) if leads else None  # what can't be is said before torch is imported
     backend = _backend(recipe)
 
     from iqlite.aim.look import WRONG
     from iqlite.machine.sizes import within_memory
     from iqlite.training.opening import environment, open_session
 
-    placement = existing.environment()["placement"] if existing else None
+    joined = ranks.join()
+    placement = joined.told(existing.environment()["placement"] if existing else None)
     with within_memory(recipe, "with --set, and start again with --force"):
-        session = open_session(recipe, say=listener.note, placement=placement, must_fit=not (force or resume), backend=backend)
+        session = open_session(
+            recipe, say=listener.note, placement=placement, must_fit=not (force or resume), backend=backend, ranks=joined
+        )
     found = environment(session)
-    check_space(path, ADAPTERS_ON_DISK * 4 * session.policy.size)
+    joined.check_same({"recipe": to_data(recipe), "prompts": found["prompts"], "base": found["base"], "versions": found["packages"]})
+    if leads:
+        check_space(path, ADAPTERS_ON_DISK * 4 * session.policy.size)
     if existing:
         existing.check_same(recipe, found)
         existing.take_over(recipe)
-        return session, existing
+    if resume:
+        return session, existing or Unwritten(path)
     seen = _look(session, listener, force=force)
+    if not leads:
+        return session, Unwritten(path)
     run = RunDir.create(path, recipe, found, force=force)
     run.lock()
     if seen:
@@ -138,7 +150,8 @@ def train(
     from iqlite.training.loop import train as run_steps
 
     session, run = begin(recipe, out, resume=resume, force=force)
-    with run.held(), within_memory(recipe, "in the recipe"), tracked(_Told(progress), run, recipe) as report:
+    told = _Told(progress if session.ranks.leads else None)
+    with run.held(), within_memory(recipe, "in the recipe"), tracked(told, run, recipe) as report:
         run_steps(session, run, report)
     return Run(run)
 

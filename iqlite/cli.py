@@ -32,6 +32,8 @@ from iqlite.commands import (
 )
 from iqlite.commands.options import Verb, Verbs, examples
 from iqlite.errors import IqliteError
+from iqlite.machine import ranks
+from iqlite.machine.watch import mute
 from iqlite.streams import lost, outlive
 from iqlite.terminal import harmless
 
@@ -60,14 +62,20 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
-    pass
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if ranks.rank() > 0 and context.invoked_subcommand != "train":  # of several processes one does what isn't shared out
+        raise typer.Exit
 
 
 def main() -> None:
     """The console script: errors for people are one sentence on standard error and exit code 2; what nobody foresaw is one, with exit code 1."""
     warnings.filterwarnings("ignore")  # libraries' advice to their callers isn't the user's business
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if ranks.rank() > 0:
+        mute()
     outlive()
     survived = _Survived()
     logging.getLogger("iqlite").addHandler(survived)
@@ -81,6 +89,7 @@ def main() -> None:
                 lost()
             raise
     except IqliteError as error:
+        ranks.fault(str(error), 2)
         sys.stderr.write(f"iqlite: {harmless(str(error))}\n")
         sys.exit(2)
     except Exception as error:  # what nobody foresaw becomes a sentence too
@@ -88,7 +97,9 @@ def main() -> None:
 
         if os.environ.get(unforeseen.DEBUG):
             raise
-        sys.stderr.write(f"iqlite: {harmless(unforeseen.explain(error, sys.argv))}\n")
+        text = unforeseen.explain(error, sys.argv)
+        ranks.fault(text, 1)
+        sys.stderr.write(f"iqlite: {harmless(text)}\n")
         sys.exit(1)
     finally:
         logging.getLogger("iqlite").removeHandler(survived)

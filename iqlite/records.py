@@ -61,7 +61,8 @@ class Rollout:
     `index` are the requests' numbers in their prompt set (they key the sampling noise), `prompt_ids` the plain prompts as they
     were read, `tokens_BT` int64 response ids padded on the right, `mask_BT` the response mask, `ended_B` whether an end-of-turn
     token was sampled. The last `contrary` rows answer contrary prompts, for which the target is the reference itself. `part_BT` is the
-    part of the response that is trained and scored, where that isn't all of it: the answer or the thinking before it. Host memory.
+    part of the response that is trained and scored, where that isn't all of it: the answer or the thinking before it. `rows` says which of
+    the step's rows these are, where other processes have the others. Host memory.
     """
 
     index: tuple[int, ...]
@@ -72,6 +73,7 @@ class Rollout:
     ended_B: Tensor
     contrary: int = 0
     part_BT: Tensor | None = None
+    rows: tuple[int, ...] | None = None
 
     @property
     def learned_BT(self) -> Tensor:
@@ -85,6 +87,20 @@ class Rollout:
     def is_contrary(self, row: int) -> bool:
         """True if row's prompt is one on which the behaviour isn't wanted."""
         return row >= len(self.index) - self.contrary
+
+    def some(self, rows: Sequence[int]) -> Rollout:
+        """Those of these rows, which ascend, so that the contrary ones stay the last."""
+        return Rollout(
+            index=tuple(self.index[row] for row in rows),
+            requests=tuple(self.requests[row] for row in rows),
+            prompt_ids=tuple(self.prompt_ids[row] for row in rows),
+            tokens_BT=self.tokens_BT[rows],
+            mask_BT=self.mask_BT[rows],
+            ended_B=self.ended_B[rows],
+            contrary=sum(map(self.is_contrary, rows)),
+            part_BT=None if self.part_BT is None else self.part_BT[rows],
+            rows=tuple(rows),
+        )
 
 
 @dataclass(frozen=True)

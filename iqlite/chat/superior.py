@@ -48,4 +48,5 @@ def superior_answers(
         sampler,
         sizes=session.sizes,
         progress=progress,
+        ranks=session.ranks,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +61,9 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="Free memory of the GPU to plan for, such as 8GB.")] = None,
     card: Annotated[str | None, typer.Option(help="A card by its name or a part of it, such as 4070.")] = None,
     kind: Annotated[Device | None, typer.Option("--device", help="Plan for this machine's CPU or card.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes, one a card, as torchrun or accelerate launch would start them for train.")
+    ] = 1,
     everything: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -70,12 +73,13 @@ def plan(
     """
     from iqlite.machine.fit import advice, choose, given_widths
     from iqlite.machine.memory import GIB, Work
+    from iqlite.machine.ranks import check_enough
     from iqlite.machine.timing import seconds_of_step, steps_of, typical_prompt
     from iqlite.recipe.reading import load_recipe
 
     console, overrides, device = terminal(stderr=as_json), overrides or [], kind.value if kind else None
-    if everything and (vram or card or device):
-        raise RecipeError("--all is about cards of six sizes: leave --vram, --card and --device out, or name one recipe.")
+    if everything and (vram or card or device or processes > 1):
+        raise RecipeError("--all is about cards of six sizes: leave --vram, --card, --device and --processes out, or name one recipe.")
     if everything:
         _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
         return
@@ -84,7 +88,11 @@ def plan(
     recipe = load_recipe(recipe_path, overrides)
     machine = _machine(vram, card, device)
     shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
-    work = Work.of(recipe, shape, machine.device)
+    check_enough(recipe, processes)
+    step = Work.of(recipe, shape, machine.device)
+    work = step.of_one_among(processes)
+    if machine.device == "cpu":  # they share its memory
+        machine = replace(machine, free=machine.free / processes)
     made = choose(shape, work, machine.free, given_widths(recipe))
     changes, smaller = advice(shape, work, machine.free, given_widths(recipe))
     prompt = typical_prompt(recipe, work.prompt_tokens)
@@ -98,6 +106,7 @@ def plan(
             "phases_bytes": {phase: dict(terms) for phase, terms in made.phases.items()}, "widths": asdict(made.widths),
             "longest_tokens": work.longest, "changes": changes if not fits else [], "changed_peak_bytes": smaller.peak,
             "step_seconds": seconds, "steps": steps, "rates": machine.rates.record() if machine.rates else None,
+            "processes": processes, "prompts_of_a_process": work.prompts,
         }  # fmt: skip
         print(json.dumps(found))
         raise typer.Exit(0 if fits else 1)
@@ -109,6 +118,16 @@ def plan(
         "at once": _widths(made, work),
         "lengths": f"prompts up to {work.prompt_tokens} tokens, answers up to {work.new_tokens}",
     }
+    if processes > 1:
+        told["processes"] = f"{processes}, each with a base of its own and {work.prompts} of a step's {step.prompts} prompts"
+        if (
+            machine.rates is not None and seconds is not None
+        ):  # decoding takes as many passes however few rows it has: prompts are what to add
+            alone = seconds_of_step(shape, step, choose(shape, step, machine.free, given_widths(recipe)).widths, machine.rates, prompt)
+            told["processes"] += (
+                f": {alone / seconds:.1f} times as fast as one. With rollout.prompts_per_step = {processes * recipe.rollout.prompts_per_step} "
+                f"a step takes about {_short(alone)} and has {processes} times the prompts"
+            )
     if not fits:
         helps = f" → {smaller.peak / GIB:.2f} GiB" + ("" if smaller.peak <= machine.free else ", which doesn't fit either: a smaller base")
         told["change"] = (", then ".join(changes) or "nothing helps") + helps

@@ -63,6 +63,9 @@ def train(
 
     with run.held():
         outcome, safe = _steps(console, recipe, session, run, safety=safety)
+    session.ranks.leave()
+    if not session.ranks.leads:
+        raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
     _conclude(console, run, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
     raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
 
@@ -79,7 +82,7 @@ def _steps(console: Console, recipe: Recipe, session: Session, run: RunDir, *, s
     view = TrainingView(console, total, first, recipe.judge.measure, run.metrics())
     with (
         within_memory(recipe, "with --set, and start again with --force"),
-        finish_the_step(console) as interrupt,
+        finish_the_step(console, session.ranks) as interrupt,
         tracked(view, run, recipe, lambda text: console.print(f"[dim]{clean(text)}[/]")) as report,
         view,
     ):
@@ -124,8 +127,10 @@ def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, An
     from iqlite.machine.sizes import within_memory
     from iqlite.run.findings import adapter_digest
 
-    session.policy.load_state(load_file(run_dir.adapter / ADAPTER_WEIGHTS))  # a monitor's stop leaves the best, not the last
-    who = {"base": Answerer("base", "reference"), "trained": Answerer("trained", "policy", of=adapter_digest(run_dir.adapter))}
+    leads = session.ranks.leads
+    state, of = session.ranks.handed(*((load_file(run_dir.adapter / ADAPTER_WEIGHTS), adapter_digest(run_dir.adapter)) if leads else ({},)))
+    session.policy.load_state(state)  # a monitor's stop leaves the best, not the last
+    who = {"base": Answerer("base", "reference"), "trained": Answerer("trained", "policy", of=of)}
     items = load_items()
     some = a_few(items)
     with within_memory(session.recipe, "and run iqlite compare"), counting(console, "safety before and after") as progress:
@@ -161,6 +166,7 @@ def _conclude(
     console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome,
     safe: dict[str, Any] | None, *, as_json: bool,
 ) -> None:  # fmt: skip
+    from iqlite.machine.ranks import launched_by
     from iqlite.run.files import json_numbers
 
     if as_json:
@@ -168,7 +174,7 @@ def _conclude(
         return
     if outcome.why == "interrupted":
         settings = [part for override in overrides for part in ("--set", override)]
-        again = shlex.join(["iqlite", "train", str(recipe_path), *settings, "--out", str(out or run_dir.path), "--resume"])
+        again = shlex.join([*launched_by(), "train", str(recipe_path), *settings, "--out", str(out or run_dir.path), "--resume"])
         console.print(f"stopped after step {outcome.step} of {outcome.total}; go on with:  {again}", markup=False)
         return
     seconds = sum(line.get("time/step_s", 0.0) + line.get("time/eval_s", 0.0) for line in run_dir.metrics())

@@ -85,7 +85,13 @@ def collect(
     own = [run / FOLDER / name] if run else []
     numbers = list(range(len(requests)) if index is None else index)
     keys = [(digest_of(request), number) for request, number in zip(requests, numbers, strict=True)]
+    if not session.ranks.leads:  # the process that leads reads and writes what is kept
+        own, shared = [], []
     in_run, kept = [{(a.of, a.index, a.seed): a for path in paths for a in _read(path)} for paths in (own, own + shared)]
+    if session.ranks.size > 1:
+        needed = {(*key, sampler.seed) for key in keys for sampler in samplers}
+        told = [Answer(**one) for one in session.ranks.told([asdict(a) for key, a in kept.items() if key in needed])]
+        kept = {(a.of, a.index, a.seed): a for a in told}
     found = []
     for sampler in samplers:
         missing = [row for row, key in enumerate(keys) if (*key, sampler.seed) not in kept]
@@ -118,9 +124,14 @@ def collect(
 
 def base_nll(session: Session, rollout: Rollout) -> list[float]:
     """Mean −log π_ref of each answer's tokens under the plain prompt, nats a token [B]."""
-    logp_BT = token_logps(session, rollout, [Reading("reference", "reference")])["reference"]
-    means: list[float] = (-logp_BT.sum(-1) / rollout.mask_BT.sum(-1)).tolist()
-    return means
+
+    def of(rows: list[int]) -> list[float]:
+        mine = rollout.some(rows)
+        logp_BT = token_logps(session, mine, [Reading("reference", "reference")])["reference"]
+        means: list[float] = (-logp_BT.sum(-1) / mine.mask_BT.sum(-1)).tolist()
+        return means
+
+    return session.ranks.spread(rollout.mask_BT.sum(-1).tolist(), of)
 
 
 def digest_of(request: Messages) -> str:

@@ -1,1 +1,1 @@
-"""What this computer can do: memory, width, time."""
+"""What this computer can do: memory, width, time, processes."""

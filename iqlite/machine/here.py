@@ -8,6 +8,7 @@ import torch
 
 from iqlite.device import free_memory, is_card
 from iqlite.machine.memory import CONTEXT
+from iqlite.machine.ranks import local_size
 from iqlite.machine.timing import card_here
 
 
@@ -23,5 +24,8 @@ def unused_card() -> str:
 
 
 def usable_memory(device: torch.device) -> float:
-    """Bytes that a plan may fill on this device; the driver's context, which a plan counts, is there already and isn't free any more."""
-    return free_memory(device) + (CONTEXT["cuda"] if is_card(device) else 0)
+    """Bytes that a plan may fill on this device: a card's, or this process's share of the computer's memory.
+
+    The driver's context, which a plan counts, is there already and isn't free any more.
+    """
+    return free_memory(device) + CONTEXT["cuda"] if is_card(device) else free_memory(device) / local_size()

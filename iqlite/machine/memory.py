@@ -9,7 +9,7 @@ runs (tests/bench/plan_error.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from iqlite.base.shape import Shape
 from iqlite.recipe.schema import Behavior, Principle, Recipe, readings_of
@@ -84,6 +84,10 @@ class Work:
             checkpointing=device != "cpu" if train.checkpointing == "auto" else train.checkpointing != "off",
             offload=train.checkpointing == "offload" and device != "cpu",
         )
+
+    def of_one_among(self, processes: int) -> Work:
+        """The work of that one of several processes which has the most: prompts are shared out, lengths stay."""
+        return replace(self, prompts=-(-self.prompts // processes), answers=-(-self.answers // processes))
 
     @property
     def longest(self) -> int:

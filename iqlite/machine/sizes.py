@@ -11,6 +11,7 @@ import torch
 
 from iqlite.device import is_out_of_memory, let_go
 from iqlite.errors import BaseError
+from iqlite.machine.ranks import Ranks
 from iqlite.machine.timing import Fused
 from iqlite.recipe.schema import Recipe
 
@@ -51,6 +52,14 @@ class Sizes:
         for name, value in record.items():
             if name != "fold":
                 setattr(self, name, value)
+
+    def agree(self, ranks: Ranks) -> None:
+        """As little as any of several processes has room for: from here on all are as wide, and a checkpoint's widths are everyone's."""
+        before, least = self.record(), ranks.least(self.record())
+        self.restore(least)
+        for which, words in WORDS.items():
+            if least[which] < before[which]:
+                self.say(f"another process has less memory: {least[which]} instead of {before[which]} {words} from now on.")
 
     def together(self, tokens: int, rows: int | None = None) -> int:
         """How many answers are decoded at once, if the longest may come to that many tokens with its prompt; `rows`: how many there are."""
@@ -97,7 +106,7 @@ class Attempt:
         setattr(self.sizes, self.which, fewer)
         let_go()
         self.sizes.say(
-            f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result stays the same but for rounding."
+            f"memory was full: {fewer} instead of {rows * tokens} {WORDS[self.which]} from now on; the result is the same but for rounding, which may draw another token now and then."
         )
 
 

@@ -56,7 +56,7 @@ class TokenStatistics:
     @staticmethod
     def join(parts: list[TokenStatistics]) -> TokenStatistics:
         """The statistics of several micro-batches as one."""
-        return TokenStatistics({name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values})
+        return TokenStatistics({name: torch.cat([part.values[name] for part in parts]) for name in (parts[0].values if parts else ())})
 
 
 def chunked_statistics(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -274,6 +274,17 @@ class RunDir(Journal):
     def copy_best(self, folder: Path) -> None:
         """Fills a folder with the best adapter."""
         shutil.copytree(self.best, folder, dirs_exist_ok=True)
+
+
+class Unwritten(RunDir):
+    """A run as the processes have it that don't write it: one of several does (`machine.ranks`). Nothing is opened, nothing is locked."""
+
+    def append(self, name: str, line: Mapping[str, Any], *, seal: bool = False) -> None: ...
+    def write(self, name: str, text: str) -> None: ...
+    def write_sealed(self, name: str, text: str) -> None: ...
+    def save_folder(self, folder: Path, write: Callable[[Path], None], **more: Any) -> None: ...
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None: ...
+    def lock(self) -> None: ...
 
 
 def check_adapter_of(run: RunDir, adapter: Path) -> None:

@@ -45,10 +45,10 @@ def save_checkpoint(session: Session, run: RunDir, optimizer: Any, monitors: Mon
 
 def resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) -> tuple[int, Monitors, str | None]:
     """(first step to do, monitors, rule that had stopped the run) from the last checkpoint; step 0 is the look before any update."""
-    found = run.load_checkpoint()
-    if found is None:
+    found = run.load_checkpoint() if session.ranks.leads else None
+    tensors, state = session.ranks.handed(*(found or ({}, None)))  # the others may be on machines that haven't got the run
+    if state is None:
         return 0, monitors, None
-    tensors, state = found
     if not part(tensors, "adapter."):
         raise RunError(f"{run.path}: its last checkpoint holds no adapter; delete that checkpoint's folder and resume from the one before.")
     try:
@@ -60,6 +60,6 @@ def resume(session: Session, run: RunDir, optimizer: Any, monitors: Monitors) ->
         raise RunError(
             f"{run.path}: its last checkpoint isn't of this recipe and base ({first_line(error)}); start anew with another --out."
         ) from None
-    if not run.best.is_dir():  # lost, and said: the best from here on is the best
+    if session.ranks.told(not run.best.is_dir()):  # lost, and said: the best from here on is the best
         monitors = replace(monitors, best_kl=math.inf, best_step=0)
     return state["step"] + 1, monitors, state["stopped"]

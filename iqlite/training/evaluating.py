@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+from iqlite.machine.ranks import ALONE
 from iqlite.method.loss import TokenStatistics
 from iqlite.model.sampling import SPOKEN_TEMPERATURE, SPOKEN_TOP_P, Sampler
 from iqlite.records import Messages, Prompts, Rollout, StepMetrics
@@ -59,7 +60,7 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
     shown = (step // session.recipe.train.eval_every) % len(answers["eval"][1])
     for row, (request, text, thought, score) in enumerate(zip(asked.requests, texts, thoughts, score_P.tolist(), strict=False)):
         run.add_sample(step, request[-1]["content"], text, score, thought)
-        if row == shown:
+        if row == shown and session.ranks.leads:
             report.sample(step, request[-1]["content"], partial(spoken, session, request, row))
     best, verdicts = monitors.after_eval(step, values, score_P.tolist(), asked.expected if measure == HARMLESS else ())
     if best:
@@ -76,7 +77,8 @@ def answered(session: Session, role: str, name: str, prompts: Prompts) -> tuple[
 
 
 def spoken(session: Session, request: Messages, number: int) -> tuple[str, str]:
-    """(the base's answer, the policy's) as a person would hear them in a chat, from noise of their own, the same for both."""
+    """(the base's answer, the policy's) as a person would hear them in a chat, from noise of their own, the same for both; by this process alone."""
+    session = replace(session, ranks=ALONE)
     sampler = Sampler(session.recipe.train.seed, session.recipe.rollout.max_new_tokens, SPOKEN_TEMPERATURE, SPOKEN_TOP_P, "shown")
     rollouts = [session.answers(role, [request], sampler, index=[number]) for role in ("reference", "policy")]
     before, now = (session.chat.text(rollout.response_ids(0)) for rollout in rollouts)

@@ -18,6 +18,7 @@ from iqlite.training.monitors import Monitors
 from iqlite.training.optimizer import learning_rate, make_optimizer
 from iqlite.training.order import prompts_and_contrary
 from iqlite.training.readings import read
+from iqlite.training.rollout import part_of
 from iqlite.training.session import Session
 from iqlite.training.update import update
 
@@ -57,13 +58,14 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
         rollout = replace(rollout, contrary=contrary)  # their target is the reference itself
         clock.lap("rollout")
 
-        # 3. read them under the reference, wanted and unwanted descriptions: what π̃ is made from
-        scores = read(policy, session.chat, rollout, session.readings, session.sizes)
+        # 3. read them under the reference, wanted and unwanted descriptions: what π̃ is made from. With several processes, each its part
+        mine = part_of(session.ranks, rollout)
+        scores = read(policy, session.chat, mine, session.readings, session.sizes)
         clock.lap("read")
 
         # 4. token rewards; 5. update the adapter by the objective
         rate = learning_rate(step, total, peak=recipe.train.learning_rate, warmup=recipe.train.warmup, schedule=recipe.train.schedule)
-        statistics, norm = update(session, optimizer, rollout, scores, rate)
+        statistics, norm = update(session, optimizer, mine, scores, rate)
         clock.lap("update")
 
         # 6. repeat until the steps end or the monitors say it has converged
@@ -79,7 +81,7 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
         for verdict in verdicts:
             report.verdict(step, verdict)
             why = verdict.rule if verdict.stop else why
-        if why is None and step < total and interrupted():
+        if why is None and step < total and any(session.ranks.everyone_s(interrupted())):
             why = "interrupted"
         if step % recipe.train.checkpoint_every == 0 or step == total or why is not None:
             save_checkpoint(session, run, optimizer, monitors, step, why)

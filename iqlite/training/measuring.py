@@ -69,15 +69,19 @@ def log_odds(session: Session, requests: Sequence[Messages], texts: Sequence[str
     target's own eye: it can't see that a description means something else than its author.
     """
     which = readings(session.recipe, session.placement, "base")
-    found: list[float] = []
-    for at in range(0, len(texts), TOGETHER):
-        rollout = rollout_of(session, requests[at : at + TOGETHER], texts[at : at + TOGETHER])
-        logps = token_logps(session, rollout, which)
-        total_BT = torch.zeros(rollout.mask_BT.shape)
-        for weight, wanted, unwanted in contrasted(session):
-            total_BT += weight * (logps[wanted] - logps.get(unwanted, logps["reference"]))
-        found += (total_BT.double().sum(-1) / rollout.mask_BT.sum(-1)).tolist()
-    return np.array(found)
+
+    def of(rows: list[int]) -> list[float]:
+        found: list[float] = []
+        for part in (rows[at : at + TOGETHER] for at in range(0, len(rows), TOGETHER)):
+            rollout = rollout_of(session, [requests[row] for row in part], [texts[row] for row in part])
+            logps = token_logps(session, rollout, which)
+            total_BT = torch.zeros(rollout.mask_BT.shape)
+            for weight, wanted, unwanted in contrasted(session):
+                total_BT += weight * (logps[wanted] - logps.get(unwanted, logps["reference"]))
+            found += (total_BT.double().sum(-1) / rollout.mask_BT.sum(-1)).tolist()
+        return found
+
+    return np.array(session.ranks.spread([len(text) for text in texts], of))
 
 
 def rollout_of(session: Session, requests: Sequence[Messages], texts: Sequence[str]) -> Rollout:

@@ -13,7 +13,7 @@ from typing import Any
 
 from iqlite.base.hub import offline_without_network
 from iqlite.base.loading import Base, load_base
-from iqlite.base.names import on_the_hub
+from iqlite.base.names import locate, on_the_hub
 from iqlite.base.shape import Shape
 from iqlite.device import here, is_card
 from iqlite.device import name_of as name_of_device
@@ -21,6 +21,7 @@ from iqlite.errors import BaseError, PromptsError, RecipeError
 from iqlite.machine.fit import CAPS, choose, given_widths, refusal
 from iqlite.machine.here import unused_card, usable_memory
 from iqlite.machine.memory import Work
+from iqlite.machine.ranks import ALONE, Ranks
 from iqlite.machine.sizes import Sizes
 from iqlite.machine.timing import Fused
 from iqlite.model.policy import Policy
@@ -49,10 +50,12 @@ def open_session(
     placement: str | None = None,
     must_fit: bool = False,
     backend: str = "plain",
+    ranks: Ranks = ALONE,
 ) -> Session:
     """Loads prompts, base and adapters. Cheap faults come first: prompts before gigabytes of weights. Nothing is written.
 
     `must_fit`: BaseError with advice if the memory model says that a step doesn't fit. `backend`: "plain", or what `unsloth.prepare` said.
+    `ranks`: the processes that share out its rows.
     """
     key = f"{recipe.path}: prompts."
     if _asks_the_hub(recipe):
@@ -79,10 +82,15 @@ def open_session(
 
     def check(config: Mapping[str, Any]) -> None:
         shape = Shape.of(config, recipe.model.base)
-        if must_fit and (why_not := refusal(recipe, shape, Work.of(recipe, shape, device.type), free)):
+        work = Work.of(recipe, shape, device.type).of_one_among(ranks.size)
+        if must_fit and (why_not := refusal(recipe, shape, work, free)):
             raise BaseError(why_not)
 
     model = recipe.model
+    if ranks.size > 1:
+        if ranks.first_here:
+            locate(model.base, recipe.folder, model.revision)  # a GGUF file is converted once a machine
+        ranks.everyone_s(None)
     base = load_base(
         model.base,
         model.quantization,
@@ -124,10 +132,10 @@ def open_session(
     contrary_eval = contrary_eval and chat.shorten(contrary_eval, room, name_of(recipe.prompts.contrary or ""), key + "contrary")
     notes += [note for prompts in (train, held_out, outside, contrary) if prompts for note in prompts.notes]
     shape = Shape.of(base.model.config.to_dict(), base.name)
-    sizes = sizes_for(recipe, shape, Work.of(recipe, shape, device.type), free, say)
-    session = Session(
-        recipe, policy, chat, train, held_out, outside, placement or recipe.behavior.placement, (), sizes, contrary, contrary_eval
-    )
+    sizes = sizes_for(recipe, shape, Work.of(recipe, shape, device.type).of_one_among(ranks.size), free, say)
+    sizes.agree(ranks)
+    placement = placement or recipe.behavior.placement
+    session = Session(recipe, policy, chat, train, held_out, outside, placement, (), sizes, contrary, contrary_eval, ranks)
     if session.placement == "auto":
         session, note = place(session, say)
         notes.append(note)
@@ -158,6 +166,7 @@ def environment(session: Session) -> dict[str, Any]:
     if session.policy.base.backend == "unsloth":
         packages = (*packages, "unsloth")
     return {
+        **({"processes": session.ranks.size} if session.ranks.size > 1 else {}),
         "base": asdict(session.policy.base.identity) | {"weights": list(session.policy.base.identity.weights)},
         "prompts": {"train": len(session.train), "eval": len(session.eval), "sha256": digest},
         "placement": session.placement,

@@ -30,7 +30,7 @@ def place(session: Session, say: Callable[[str], None]) -> tuple[Session, str]:
     sampler = replace(session.sampler("place"), max_new_tokens=min(PLACEMENT_TOKENS, session.recipe.rollout.max_new_tokens))
     rollout = session.answers("reference", requests, sampler)
     measured = {placement: moved(session, rollout, placement) for placement in ("system", "user")}
-    chosen = max(measured, key=lambda placement: measured[placement])
+    chosen = session.ranks.told(max(measured, key=lambda placement: measured[placement]))
     figures = ", ".join(f"{placement} turn {nats:.3f}" for placement, nats in measured.items())
     return replace(
         session, placement=chosen

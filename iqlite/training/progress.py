@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from iqlite.machine.ranks import ALONE, Ranks, launched_by
 from iqlite.records import HELD_OUT_KL, StepMetrics
 from iqlite.terminal import clean, duration, spark
 from iqlite.training.monitors import Verdict
@@ -25,6 +28,8 @@ from iqlite.training.monitors import Verdict
 BAR = 20  # cells
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK")  # those that the platform has
 NARROW = 60  # columns of a terminal that has room for it
+GRACE = 20  # seconds that several processes have to finish a step in: launchers kill 30 s after they have passed a signal on
+ECHO = 3.0  # seconds within which a second signal is the launcher's, for the same Ctrl-C
 SHOWN = 240  # characters of an answer shown in progress
 REFRESHES = 2  # a second
 ROWS = 12  # of a terminal that has room for curves
@@ -147,12 +152,12 @@ def fewer(values: Sequence[float], most: int) -> list[float]:
 
 
 @contextmanager
-def finish_the_step(out: Console) -> Iterator[Interrupt]:
+def finish_the_step(out: Console, ranks: Ranks = ALONE) -> Iterator[Interrupt]:
     """Inside the block the first Ctrl-C (or a signal to end, or of a terminal that closes) only asks; a second Ctrl-C stops at once.
 
     What was told to be ignored stays so, as SIGHUP by nohup.
     """
-    interrupt = Interrupt(out)
+    interrupt = Interrupt(out, ranks)
     signals = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     before = {s: signal.signal(s, interrupt) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
     try:
@@ -163,16 +168,30 @@ def finish_the_step(out: Console) -> Iterator[Interrupt]:
 
 
 class Interrupt:
-    """Whether the user asked to stop."""
+    """Whether the user asked to stop. Of several processes each is asked, by the terminal and by the launcher, which kills them 30 s later."""
 
-    def __init__(self, out: Console):
-        self.out, self.asked = out, False
+    def __init__(self, out: Console, ranks: Ranks = ALONE):
+        self.out, self.ranks, self.asked, self.since = out, ranks, False, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             if number not in (signal.SIGINT, signal.SIGTERM):  # a terminal that closes says so more than once
                 return
-            sys.stderr.write("\nstopped at once; the last checkpoint is kept.\n")
-            os._exit(130)
-        self.asked = True
-        self.out.print("[yellow]finishing this step, then writing a checkpoint (Ctrl-C again stops at once)[/]")
+            if self.ranks.size > 1 and time.monotonic() - self.since < ECHO:
+                return
+            self._at_once()
+        self.asked, self.since = True, time.monotonic()
+        if self.ranks.watch is None:
+            self.out.print("[yellow]finishing this step, then writing a checkpoint (Ctrl-C again stops at once)[/]")
+        elif killed := self.ranks.watch.killed():  # and the launcher ends the others
+            self.ranks.watch.fault(killed, 1)
+        else:
+            self.out.print(f"[yellow]finishing this step, then writing a checkpoint, if that takes less than {GRACE} s[/]")
+            end = threading.Timer(GRACE, self._at_once)
+            end.daemon = True
+            end.start()
+
+    def _at_once(self) -> None:
+        self.ranks.fault(f"stopped at once; the last checkpoint is kept: go on with {shlex.join(launched_by())} train … --resume", 130)
+        sys.stderr.write("\nstopped at once; the last checkpoint is kept.\n")
+        os._exit(130)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from iqlite.machine.ranks import ALONE, Ranks
 from iqlite.machine.sizes import Sizes
 from iqlite.model.decoding import draw
 from iqlite.model.policy import Policy
@@ -34,6 +35,7 @@ def sample(
     sizes: Sizes,
     shared: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Rollout:
     """Answers to B prompts by `role`, as many at a time as `sizes` allows. `index` are the prompts' numbers; they and `step` key the noise.
 
@@ -52,6 +54,7 @@ def sample(
         step=step,
         sizes=sizes,
         progress=progress,
+        ranks=ranks,
     )
 
 
@@ -69,16 +72,19 @@ def sample_readings(
     step: int = 0,
     sizes: Sizes,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Rollout:
     """Answers to B requests drawn from what `predict` makes of several readings by `role` (see `decoding.draw`).
 
-    `prompts` are the B prompts under each reading; those of the first are the rollout's own.
+    `prompts` are the B prompts under each reading; those of the first are the rollout's own. Several processes (`ranks`) draw some each, and all
+    get all.
     """
     plain, new, fill = next(iter(prompts.values())), sampler.max_new_tokens, stop_ids[0]
     tokens_BT = torch.full((len(plain), new), fill, dtype=torch.long)
     lengths = [max(map(len, readings)) for readings in zip(*prompts.values(), strict=True)]
     # Prompts of like length decode together, longest first: the least padding, and the largest batch comes before the others.
-    order = sorted(range(len(plain)), key=lambda row: -lengths[row])
+    mine = ranks.mine(lengths)
+    order = sorted(mine, key=lambda row: -lengths[row])
     with policy.acting_as(role, decoding=new >= FOLD_FROM, folded=sizes.fold and new >= FOLD_FROM):
         at = 0
         while at < len(order):
@@ -92,6 +98,10 @@ def sample_readings(
             at += len(part)
             if progress is not None:
                 progress(len(part))
+    if ranks.size > 1:
+        tokens_BT = ranks.in_order({"ids": tokens_BT[mine]}, mine, [1] * len(mine))["ids"]
+        if progress is not None:
+            progress(len(plain) - len(mine))
     mask_BT, ended_B = response_mask(tokens_BT, stop_ids)
     width = int(mask_BT.sum(-1).max())
     return Rollout(
@@ -102,6 +112,14 @@ def sample_readings(
         mask_BT=mask_BT[:, :width],
         ended_B=ended_B,
     )
+
+
+def part_of(ranks: Ranks, rollout: Rollout) -> Rollout:
+    """The rows that this process reads and learns from, by the lengths of prompt and answer."""
+    if ranks.size == 1:
+        return rollout
+    answer_B = rollout.mask_BT.sum(-1).tolist()
+    return rollout.some(ranks.mine([len(prompt) + answer for prompt, answer in zip(rollout.prompt_ids, answer_B, strict=True)]))
 
 
 def response_mask(tokens_BT: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from iqlite.errors import RecipeError
+from iqlite.machine.ranks import ALONE, Ranks
 from iqlite.machine.sizes import Sizes
 from iqlite.method.estimators import ESTIMATORS
 from iqlite.method.loss import Scoring, TokenStatistics, chunked_statistics
@@ -21,12 +22,12 @@ from iqlite.recipe.schema import Recipe, readings_of
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.scoring.measures import HARMLESS
 from iqlite.training.readings import Reading, read, readings
-from iqlite.training.rollout import sample
+from iqlite.training.rollout import part_of, sample
 
 
 @dataclass(frozen=True)
 class Session:
-    """A recipe ready to run. `placement` is resolved; `notes` are sentences for the user."""
+    """A recipe ready to run. `placement` is resolved; `notes` are sentences for the user; `ranks` the processes that share out its rows."""
 
     recipe: Recipe
     policy: Policy
@@ -39,6 +40,7 @@ class Session:
     sizes: Sizes
     contrary: Prompts | None = None
     contrary_eval: Prompts | None = None
+    ranks: Ranks = ALONE
 
     @property
     def asked(self) -> Prompts:
@@ -108,13 +110,14 @@ class Session:
             sizes=self.sizes,
             shared=self.chat.shared(description),
             progress=progress,
+            ranks=self.ranks,
         )
         where = self.recipe.behavior.where
         return replace(rollout, part_BT=self._part(rollout, where)) if where != "both" and self.chat.rendering.thinks else rollout
 
-    def check_part(self, rollout: Rollout) -> None:
-        """RecipeError if nothing of these answers is of the part that is trained: they end before they have thought to the end."""
-        if not bool(rollout.learned_BT.any()):
+    def check_part(self, tokens: int) -> None:
+        """RecipeError if `tokens`, those of a step's answers that are of the part that is trained, are none: they end before they have thought to the end."""
+        if not tokens:
             where, new = self.recipe.behavior.where, self.recipe.rollout.max_new_tokens
             raise RecipeError(
                 f'{self.recipe.path}: no answer has anything of behavior.where = "{where}" in its {new} tokens: raise rollout.max_new_tokens, '
@@ -135,8 +138,13 @@ class Session:
         which = self.readings if weights is None else readings(self.recipe, self.placement, weights)
         # An answer that hasn't thought to its end has nothing of the part that is trained; where none has, all of it is scored.
         mask_BT = rollout.learned_BT if bool(rollout.learned_BT.any()) else rollout.mask_BT
-        scores = read(self.policy, self.chat, rollout, [*which, Reading("policy", "policy")], self.sizes)
-        hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
-        return chunked_statistics(
-            self.policy.head, hidden.pop("policy"), rollout.tokens_BT[mask_BT], hidden, self.scoring, chunk_tokens=self.sizes.chunk_tokens
-        )
+        mine = part_of(self.ranks, rollout)
+        values: dict[str, torch.Tensor] = {}
+        mask_BT = mask_BT if mine.rows is None else mask_BT[list(mine.rows)]
+        if len(mine.index):
+            scores = read(self.policy, self.chat, mine, [*which, Reading("policy", "policy")], self.sizes)
+            hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
+            values = chunked_statistics(
+                self.policy.head, hidden.pop("policy"), mine.tokens_BT[mask_BT], hidden, self.scoring, chunk_tokens=self.sizes.chunk_tokens
+            ).values
+        return TokenStatistics(self.ranks.in_order(values, mine.rows or (), mask_BT.sum(-1).tolist()))

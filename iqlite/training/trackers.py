@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from iqlite.errors import RecipeError, RunError, first_line, warn
 from iqlite.recipe.reading import to_data
 from iqlite.recipe.schema import Recipe
-from iqlite.run.rundir import RunDir
+from iqlite.run.rundir import RunDir, Unwritten
 
 if TYPE_CHECKING:
     from iqlite.records import StepMetrics
@@ -40,7 +40,7 @@ def check_trackers(recipe: Recipe) -> None:
 @contextmanager
 def tracked(report: Reporter, run: RunDir, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Iterator[Reporter]:
     """A reporter that tells `report` and the recipe's trackers; `say` is told where to look. RunError for one that can't begin."""
-    if not recipe.log.to:
+    if not recipe.log.to or isinstance(run, Unwritten):
         yield report
         return
     trackers: dict[str, Any] = {}

@@ -19,30 +19,41 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
     """Equations (4) and (5) on one rollout: `updates_per_rollout` optimizer steps, each accumulated over micro-batches.
 
     Returns the statistics of the first update's tokens (where policy and rollout agree) and the last gradient norm. Micro-batches
-    add up to one masked mean over all response tokens, so their size doesn't change the result beyond rounding.
+    add up to one masked mean over all response tokens, so their size doesn't change the result beyond rounding, and so do several
+    processes: each brings the rows of its part, and the gradient, the tokens and the statistics are those of all.
     """
-    policy, recipe = session.policy, session.recipe
-    total_tokens = int(rollout.learned_BT.sum())
-    session.check_part(rollout)
+    policy, recipe, ranks = session.policy, session.recipe, session.ranks
+    total_tokens = ranks.total(int(rollout.learned_BT.sum()))
+    session.check_part(total_tokens)
     old_logp_BT, advantage_BT = rollout_advantages(session, rollout, scores)
-    first: TokenStatistics | None = None
+    first: tuple[TokenStatistics, list[int]] | None = None
     norm = math.nan
     for _ in range(recipe.train.updates_per_rollout):
         for attempt in session.sizes.attempts("update_tokens"):  # out of memory: the whole gradient once more, in smaller parts
             optimizer.zero_grad(set_to_none=True)
             parts: list[TokenStatistics] = []
             batches = micro_batches(session, rollout)
-            widest = max(batches, key=len)
-            with attempt.of(len(widest), row_tokens(session, rollout, widest[0])):
+            widest = max(batches, key=len, default=[])  # none where nothing of this process's part is learned
+            with attempt.of(len(widest), row_tokens(session, rollout, widest[0]) if widest else 0):
                 for rows in batches:
                     parts.append(backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
-        first = first or TokenStatistics.join(parts)
+        first = first or (TokenStatistics.join(parts), [row for rows in batches for row in rows])
+        ranks.add_gradients(policy.parameters.values())
         norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
         optimizer.zero_grad(set_to_none=True)  # the next rollout can use their memory
         if recipe.superior.weights == "ema":
             policy.update_ema(recipe.superior.ema_rate)
     assert first is not None
-    return first, norm
+    session.sizes.agree(ranks)
+    return _of_all(session, rollout, *first), norm
+
+
+def _of_all(session: Session, rollout: Rollout, statistics: TokenStatistics, order: list[int]) -> TokenStatistics:
+    """The statistics of every process's rows, in the order of the step's prompts; here are those of the part's rows in `order`."""
+    if rollout.rows is None:
+        return statistics
+    lengths = [int(rollout.learned_BT[row].sum()) for row in order]
+    return TokenStatistics(session.ranks.in_order(statistics.values, [rollout.rows[row] for row in order], lengths))
 
 
 def backward(
@@ -109,7 +120,12 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
             part_bT = torch.zeros(mask_bT.shape)
             part_bT[mask_bT] = values[name]
             target_BT[rows] = part_bT
-    return logp_BT, advantages(reward_BT, rollout.learned_BT, gamma=float(settings["gamma"]), centre=bool(settings["centre"]))
+    gamma, centre, learned_BT = float(settings["gamma"]), bool(settings["centre"]), rollout.learned_BT
+    if session.ranks.size == 1 or not centre:
+        return logp_BT, advantages(reward_BT, learned_BT, gamma=gamma, centre=centre)
+    advantage_BT = advantages(reward_BT, learned_BT, gamma=gamma, centre=False)
+    sums, tokens = zip(*session.ranks.everyone_s((float(advantage_BT.double().sum()), int(learned_BT.sum()))), strict=True)
+    return logp_BT, (advantage_BT - sum(sums) / sum(tokens)) * learned_BT
 
 
 def micro_batches(session: Session, rollout: Rollout) -> list[list[int]]:

@@ -1,8 +1,9 @@
-"""What is in memory, and the gradients of one update."""
+"""What is in memory, the gradients of one update, and a card that is full."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,3 +40,23 @@ def gradients(session: Session, rollout: Rollout) -> dict[str, Tensor]:
 
 def training_rollout(session: Session, count: int = 4) -> Rollout:
     return session.answers("policy", session.train.requests[:count], session.sampler("train"))
+
+
+@contextmanager
+def at_most(session: Session, tokens: int, *, with_gradient: bool) -> Iterator[list[int]]:
+    """The decoder fails like a full card on more than `tokens` tokens at once, in forwards with or without a gradient."""
+    decoder, refused = session.policy.forward.decoder, []
+    forward = decoder.forward
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        size = kwargs["input_ids"].numel()
+        if torch.is_grad_enabled() == with_gradient and size > tokens:
+            refused.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(*args, **kwargs)
+
+    decoder.forward = limited
+    try:
+        yield refused
+    finally:
+        decoder.forward = forward

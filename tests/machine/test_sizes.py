@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,27 +19,8 @@ from iqlite.training.readings import read
 from iqlite.training.session import Session
 from iqlite.training.update import update
 from tests.helpers.reporters import Silent
+from tests.helpers.tensors import at_most
 from tests.helpers.tiny import shake
-
-
-@contextmanager
-def at_most(session: Session, tokens: int, *, with_gradient: bool) -> Iterator[list[int]]:
-    """The decoder fails like a full card on more than `tokens` tokens at once, in forwards with or without a gradient."""
-    decoder, refused = session.policy.forward.decoder, []
-    forward = decoder.forward
-
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        size = kwargs["input_ids"].numel()
-        if torch.is_grad_enabled() == with_gradient and size > tokens:
-            refused.append(size)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return forward(*args, **kwargs)
-
-    decoder.forward = limited
-    try:
-        yield refused
-    finally:
-        decoder.forward = forward
 
 
 def ready(make_session: Callable[..., Session]) -> tuple[Session, list[str]]:
