@@ -84,7 +84,7 @@ def rm(
 def cache(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="With --free: only these.")] = None,
     free: Annotated[
-        bool, typer.Option("--free", help="Remove what isn't in use, or what is named; it is made again when it is needed.")
+        bool, typer.Option("--free", help="Remove what isn't in use and is made again when it is needed, or what is named.")
     ] = False,
     yes: Yes = False,
     as_json: Json = False,
