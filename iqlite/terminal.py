@@ -152,10 +152,18 @@ def spark(values: Sequence[float]) -> str:
 
 
 def facts(out: Console, rows: Mapping[str, str]) -> None:
-    """Label and value, a line each."""
-    width = max(map(len, rows))
+    """Label and value, a line each; on a terminal what is longer goes on below the value's beginning."""
+    if not out.is_terminal:
+        width = max(map(len, rows))
+        for label, value in rows.items():
+            out.print(f"[dim]{label:<{width}}[/]  {clean(value)}")
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
     for label, value in rows.items():
-        out.print(f"[dim]{label:<{width}}[/]  {clean(value)}")
+        grid.add_row(label, clean(value))
+    out.print(grid)
 
 
 def duration(seconds: float) -> str:

@@ -33,8 +33,9 @@ def convert_gguf(path: Path, name: str) -> Path:
     files = parts_of(path, name)
     digest = _digest(files)
     folder = cache_folder() / f"gguf-{digest}-v{CONVERSION}"
+    origin = str(path.resolve()) if name.endswith(path.name) else name  # a blob of Ollama's has no name that says anything
     if (folder / "config.json").is_file():
-        note_origin(folder, str(path.resolve()))
+        note_origin(folder, origin)
         return folder
     architecture, fields, factors = told(files, name)
     import torch
@@ -76,7 +77,7 @@ def convert_gguf(path: Path, name: str) -> Path:
         written = AutoModelForCausalLM.from_pretrained(out, dtype=dtype, use_safetensors=True)  # what was written is proved
         prove(written, {tensor.name: tensor for file in files for tensor in _tensors(file)}, architecture, fields, name)
         del written
-        note_origin(out, str(path.resolve()))
+        note_origin(out, origin)
         usual_rights(out)
         put(out, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error

@@ -17,10 +17,8 @@ from iqlite.terminal import console as terminal
 from iqlite.terminal import harmless
 
 EXAMPLES = (
-    "iqlite runs",
     "iqlite runs experiments --watch",
     "iqlite runs rm runs/first runs/second",
-    "iqlite runs cache --free",
 )
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
@@ -30,9 +28,10 @@ def runs(
     watching: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List runs and adapters; `rm` removes runs, `cache` shows what the cache holds.
+    """List runs and adapters, remove some, see and free the cache.
 
     State, behaviour, base, the recipe's measure of held-out answers before and after, size, time, and how long ago they were last written.
+    `iqlite runs rm` removes runs; `iqlite runs cache` shows what the cache holds, and frees it. A folder called rm is ./rm.
     """
     from iqlite.run.listing import Row, check_folder, listed
 
@@ -84,7 +83,7 @@ def rm(
 def cache(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="With --free: only these.")] = None,
     free: Annotated[
-        bool, typer.Option("--free", help="Remove what isn't in use, or what is named; it is made again when it is needed.")
+        bool, typer.Option("--free", help="Remove what isn't in use and is made again when it is needed, or what is named.")
     ] = False,
     yes: Yes = False,
     as_json: Json = False,

@@ -179,7 +179,7 @@ def _conclude(
         return
     seconds = sum(line.get("time/step_s", 0.0) + line.get("time/eval_s", 0.0) for line in run_dir.metrics())
     ended = "finished" if outcome.why == "finished" else f"stopped by the monitor “{outcome.why}”"
-    console.print(f"{ended} after {outcome.step} steps and {duration(seconds)}.", markup=False)
+    console.print(f"{ended} after {outcome.step} step{'' if outcome.step == 1 else 's'} and {duration(seconds)}.", markup=False)
     best = "" if outcome.why == "finished" else " (the best one)"
     shown = {"adapter": f"{run_dir.adapter}{best}", "best": f"{run_dir.best} (step {outcome.best_step}, held-out KL {outcome.best_kl:z.3f})", "metrics": str(run_dir.path / "metrics.jsonl"), "samples": str(run_dir.path / "samples.jsonl")}  # fmt: skip
     if not run_dir.best.is_dir():  # no evaluation was finite

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ TAIL = 65_536  # bytes at the end of metrics.jsonl in which the last lines are l
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is. `name` is one of STATES; `why` the monitor that stopped it, or what is damaged; `step` the one it can go on from if it is
+    """How far a run is. `name` is one of STATES; `why` the monitor that stopped it, the other host that it runs on, or what is
+    damaged; `step` the one it can go on from if it is
     unfinished, else the last; `total` is None where nobody can tell."""
 
     name: str
@@ -48,7 +50,7 @@ class State:
         """As people say it."""
         of = f" of {self.total}" if self.total and self.total != self.step else ""
         if self.name == RUNNING:
-            return f"running, step {self.step}{of}"
+            return f"running{f' on {self.why}' if self.why else ''}, step {self.step}{of}"
         if self.name == UNFINISHED:
             return f"unfinished after step {self.step}{of}"
         if self.name == STOPPED:
@@ -104,7 +106,8 @@ def state_of(run: Path, recipe: Mapping[str, Any], environment: Mapping[str, Any
         return State(name, int(result["step"]), int(result["total"]), monitor)
     total = _total(recipe, environment)
     if who := holder(run):
-        return State(RUNNING, last, total, str(who.get("host", "")))
+        host = str(who.get("host", ""))
+        return State(RUNNING, last, total, host if host != socket.gethostname() else "")
     numbers = [step for entry in _entries(run / "checkpoints") if (step := step_of(Path(entry.name))) is not None]
     return State(UNFINISHED, max(numbers, default=0), total)
 

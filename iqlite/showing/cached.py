@@ -1,4 +1,4 @@
-"""What the user's cache holds, what each was made from, and freeing it. Everything in it is made again when it is needed."""
+"""What the user's cache holds, what each was made from, and freeing it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ KNOWN = {
     "unsloth": "code that unsloth compiled",
 }
 """Files and folders with fixed names, and what they hold."""
+KEPT = ("bench.json", "chat-history", "judgements.jsonl")  # nothing makes these again by itself
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache: `what` it is, the file or model it was `made_from` where that is known, when it was last written, and whether
-    a process has it open or is making it."""
+    """One thing in the cache: `what` it is, the file or model it was `made_from` where that is known, when it was last written, whether a
+    process has it open or is making it, and whether it is made again by itself when it is needed."""
 
     path: Path
     what: str
@@ -48,10 +49,11 @@ class Entry:
     bytes: int
     changed: float
     in_use: bool
+    made_again: bool
 
     def record(self) -> dict[str, Any]:
         """For --json."""
-        return {"name": self.path.name, "what": self.what, "made_from": self.made_from, "bytes": self.bytes, "changed": self.changed, "in_use": self.in_use}  # fmt: skip
+        return {"name": self.path.name, "what": self.what, "made_from": self.made_from, "bytes": self.bytes, "changed": self.changed, "in_use": self.in_use, "made_again": self.made_again}  # fmt: skip
 
 
 def entries() -> list[Entry]:
@@ -62,20 +64,20 @@ def entries() -> list[Entry]:
     found = []
     for path in paths:
         size, changed = measured(path) if path.is_dir() else (path.stat().st_size, path.stat().st_mtime)
-        what, making = _what(path.name)
-        found.append(Entry(path, what, _made_from(path), size, changed, path.name in busy or making))
+        what, making, again = _what(path.name)
+        found.append(Entry(path, what, _made_from(path), size, changed, path.name in busy or making, again))
     return sorted(found, key=lambda one: (-one.bytes, one.path.name))
 
 
 def chosen(found: Sequence[Entry], names: Iterable[str]) -> list[Entry]:
-    """Those of the names, or all that aren't in use; RunError for a name that isn't there or is in use."""
+    """Those of the names, or all that aren't in use and are made again by themselves; RunError for a name that isn't there or is in use."""
     known, named = {one.path.name: one for one in found}, list(dict.fromkeys(names))
     for name in named:
         if name not in known:
             raise RunError(f"{name}: the cache holds nothing of that name; iqlite runs cache shows what it holds.")
         if known[name].in_use:
             raise RunError(f"{name} is in use by another process: let it finish, then free it.")
-    return [known[name] for name in named] or [one for one in found if not one.in_use]
+    return [known[name] for name in named] or [one for one in found if one.made_again and not one.in_use]
 
 
 def free(entry: Entry) -> None:
@@ -95,24 +97,26 @@ def show(out: Console, found: Sequence[Entry], nothing: str) -> None:
     out.print(f"[dim]{clean(str(cache_folder()))}[/]" + ("" if found else f"  {nothing}"))
     width = max((len(one.path.name) for one in found), default=0)
     for one in found:
-        busy = "  [cyan]in use[/]" if one.in_use else ""
+        busy = "  [cyan]in use[/]" if one.in_use else "" if one.made_again else "  [dim]removed by name only[/]"
         out.print(f"[bold]{clean(one.path.name):<{width}}[/]  {size(one.bytes):>7}  {age(time.time() - one.changed):>7} old{busy}")
         out.print(f"  [dim]{clean(one.what)}{f', from {clean(one.made_from)}' if one.made_from else ''}[/]")
 
 
-def _what(name: str) -> tuple[str, bool]:
-    """(what something in the cache is, whether a process is making it now)."""
+def _what(name: str) -> tuple[str, bool, bool]:
+    """(what something in the cache is, whether a process is making it now, whether it is made again by itself)."""
     if name in KNOWN:
-        return KNOWN[name], False
+        return KNOWN[name], False, name not in KEPT
     if making := MAKING.fullmatch(name):
         lives = psutil.pid_exists(int(making["process"]))
-        return ("a conversion in the making" if lives else "left over by a conversion that was killed"), lives
+        return ("a conversion in the making" if lives else "left over by a conversion that was killed"), lives, True
     if found := CONVERSION.fullmatch(name):
         gguf = found["method"] == "gguf"
         today = gguf_files.CONVERSION if gguf else dequantised.CONVERSION
         what = "a GGUF file as plain weights" if gguf else f"weights stored as {found['method']}, dequantised"
-        return what + ("" if int(found["version"]) == today else "; of another version of iqlite, which isn't read any more"), False
-    return "left over by a removal that was cut short" if name.startswith(".old-") else "not known to this version of iqlite", False
+        return what + ("" if int(found["version"]) == today else "; of another version of iqlite, which isn't read any more"), False, True
+    if name.startswith(".old-"):
+        return "left over by a removal that was cut short", False, True
+    return "not known to this version of iqlite", False, False
 
 
 def _made_from(path: Path) -> str:

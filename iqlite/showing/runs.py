@@ -121,8 +121,8 @@ class Watched:
 
 def watch(out: Console, look: Callable[[], Sequence[Row]]) -> None:
     """Draws the runs until Ctrl-C; looking takes at most a tenth of the time."""
-    view = Watched(look)
     try:
+        view = Watched(look)
         with Live(view, console=out, refresh_per_second=1, vertical_overflow="crop") as live:
             while True:
                 time.sleep(max(EVERY, view.cost / SHARE))

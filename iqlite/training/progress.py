@@ -118,7 +118,15 @@ class TrainingView:
         self.drawing, self.drawn = self.drawing + time.monotonic() - began, True
         self.out.print(f"[dim]at step {step}[/] {clean(prompt, SHOWN)}")
         for name, style, answer in (("before", "dim", before), ("now", "none", now)):
-            self.out.print(f"  [dim]{name:6} →[/] [{style}]{clean(answer, SHOWN)}[/]")
+            head, text = f"  [dim]{name:6} →[/]", f"[{style}]{clean(answer, SHOWN)}[/]"
+            if self.plain:
+                self.out.print(f"{head} {text}")
+                continue
+            grid = Table.grid(padding=(0, 1, 0, 0))  # what is longer goes on below the answer's beginning
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            grid.add_row(head, text)
+            self.out.print(grid)
 
     def verdict(self, step: int, verdict: Verdict) -> None:
         """A monitor's warning or stop."""
@@ -138,7 +146,7 @@ class TrainingView:
         base = self.base if name == self.measure else ""
         if options.ascii_only:
             return text.append(f"from {values[0]:.3f}{base}")
-        if width > len(base):
+        if width > len(base) and len(values) > 1:
             text.append(spark(fewer(values, width - len(base))), "cyan")
         return text.append(base, "dim")
 

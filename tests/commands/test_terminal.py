@@ -112,6 +112,17 @@ def test_curves_fill_the_width_and_nothing_is_wider() -> None:
             assert "(base 0.25)" in out.getvalue()
 
 
+def test_answers_go_on_below_their_beginning_and_one_value_is_no_curve() -> None:
+    out, buffer = shown(40, terminal=True)
+    with TrainingView(out, 4) as view:
+        view.step(StepMetrics(1, VALUES), 4)
+        view.sample(1, "Why?", lambda: ("one two three four five six seven", "so"))
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", buffer.getvalue()).replace("\r", "\n").splitlines()]
+    at = lines.index("  before → one two three four five six")
+    assert lines[at + 1] == "           seven" and "  now    → so" in lines
+    assert "▄" not in buffer.getvalue() and "-0.200" in buffer.getvalue()
+
+
 def test_fewer_values_are_means_of_neighbours() -> None:
     assert fewer([1.0, 2.0, 3.0], 5) == [1.0, 2.0, 3.0]
     assert fewer([float(n) for n in range(10)], 3) == [1.0, 4.0, 7.5]
@@ -199,3 +210,20 @@ def test_code_measures() -> None:
     assert tone("What a lovely, wonderful day!") > 0.5 > -0.5 > tone("A terrible, miserable, hopeless day.")
     assert tone("") == 0.0
     assert words("  two   words\n") == 2
+
+
+def test_long_facts_go_on_below_their_beginning() -> None:
+    rows = {"base": "a", "behaviour": "one two three four five six", "run": "runs/" + "x" * 30}
+    out, buffer = shown(30, terminal=True)
+    facts(out, rows)
+    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    assert lines == [
+        "base       a",
+        "behaviour  one two three four",
+        "           five six",
+        "run        runs/" + "x" * 14,
+        " " * 11 + "x" * 16,
+    ]
+    buffer = io.StringIO()
+    facts(Console(file=buffer, width=30, soft_wrap=True, highlight=False), rows)
+    assert "behaviour  one two three four five six\n" in buffer.getvalue()  # a pipe's lines stay whole

@@ -107,7 +107,7 @@ def test_states(make_folder: Callable[..., RunDir]) -> None:
         assert listed(killed.path.parent)[0].path == killed.path  # before newer ones
     assert state(killed)[0] == "unfinished"
     (killed.path / "lock.json").write_text(json.dumps({"process": 1, "host": "another", "began": 0.0}))
-    assert state(killed)[0] == "running"  # nobody here can tell
+    assert state(killed) == ("running", "running on another, step 5 of 6")  # nobody here can tell
     for name, data in (("recipe.toml", b"[model"), ("environment.json", b"{}"), ("result.json", b"")):
         run = make_folder(f"damaged-{name}")
         (run.path / name).write_bytes(data)
@@ -223,9 +223,10 @@ def test_the_cache(iqlite: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (cache / name / "file").write_bytes(bytes(count))
     (cache / "bench.json").write_text("{}")
     (cache / "elsewhere").symlink_to(tmp_path)
+    (cache / "mine").mkdir()
     note_origin(cache / f"gguf-{digest}-v{CONVERSION}", f"/models/{NASTY}.gguf")
     found = {one["name"]: one for one in json.loads(iqlite("runs", "cache", "--json")[1])["entries"]}
-    assert {*found} == {*names, "bench.json"}
+    assert {*found} == {*names, "bench.json", "mine"}
     assert found[f"gguf-{digest}-v{CONVERSION}"]["made_from"] == f"/models/{NASTY}.gguf"
     assert "another version" in found[f"gguf-{digest}-v1"]["what"] and "another version" not in found[f"fp8-{digest}-v1"]["what"]
     assert [name for name, one in found.items() if one["in_use"]] == [f"making-{digest}-{os.getpid()}"]
@@ -238,7 +239,15 @@ def test_the_cache(iqlite: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         code, out, _ = iqlite("runs", "cache", "--free", "answers", "--yes", "--json")
         assert code == 0 and json.loads(out)["freed"] == ["answers"] and not (cache / "answers").exists()
         code, _, _ = iqlite("runs", "cache", "--free", "--yes")
-    assert code == 0 and {path.name for path in cache.iterdir()} == {f"fp8-{digest}-v1", f"making-{digest}-{os.getpid()}", "elsewhere"}
+    left = {
+        f"fp8-{digest}-v1",
+        f"making-{digest}-{os.getpid()}",
+        "elsewhere",
+        "bench.json",
+        "mine",
+    }  # in use, a link, and what nothing makes again
+    assert code == 0 and {path.name for path in cache.iterdir()} == left
+    assert iqlite("runs", "cache", "--free", "bench.json", "--yes")[0] == 0 and not (cache / "bench.json").exists()
     assert tmp_path.is_dir() and (tmp_path / "cache").is_dir()
 
 

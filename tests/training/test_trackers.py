@@ -57,14 +57,14 @@ def same(mine: dict[str, list[tuple[int, float]]], theirs: dict[str, list[tuple[
 
 
 def interrupted_and_resumed(make_session: Callable[..., Session], path: Path, to: list[str]) -> RunDir:
-    """Six steps, killed in the sixth: the last checkpoint is of the fourth, so that the fifth is done twice and was sent before."""
+    """Four steps, killed in the fourth: the last checkpoint is of the second, so that the third is done twice and was sent before."""
 
     class Killed(Silent):
         def step(self, metrics: StepMetrics, total: int) -> None:
-            if metrics.step == 6:
+            if metrics.step == 4:
                 raise KeyboardInterrupt
 
-    tables: dict[str, Any] = {"train": {"steps": 6}, "log": {"to": to}}
+    tables: dict[str, Any] = {"train": {"steps": 4, "eval_every": 4}, "log": {"to": to}}
     session = make_session(**tables)
     run = RunDir.create(path, session.recipe, {})
     with pytest.raises(KeyboardInterrupt), tracked(Killed(), run, session.recipe) as report:
@@ -77,7 +77,7 @@ def interrupted_and_resumed(make_session: Callable[..., Session], path: Path, to
 
 
 def told_twice(recipe: Recipe, path: Path) -> RunDir:
-    """The same without a model: the metrics of six steps, of which the fifth is told again after the kill."""
+    """The like without a model: the metrics of six steps, of which the fifth is told again after the kill."""
     run = RunDir.create(path, recipe, {})
 
     def tell(report: Any, steps: range) -> None:
@@ -103,7 +103,7 @@ def test_tensorboard_has_every_step_once(make_session: Callable[..., Session], t
         for name in [name for name in found if name.startswith(("time/", "memory/"))]:
             found[name] = [(step, 0.0) for step, _ in found[name]]
     same(sent, kept)
-    assert [step for step, _ in sent["reward/mean"]] == [1, 2, 3, 4, 5, 6] and sent["eval/measure"][0][0] == 0
+    assert [step for step, _ in sent["reward/mean"]] == [1, 2, 3, 4] and sent["eval/measure"][0][0] == 0
 
 
 def test_a_tracker_changes_nothing_of_a_run(make_session: Callable[..., Session], tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_the_verbs_at_a_pipe(iqlite: Call, nasty: RunDir, tmp_path: Path) -> Non
     ):  # fmt: skip
         code, out, err = iqlite(*arguments)
         assert code in (0, 2) and "Traceback" not in err, (arguments, err)
-        unharmed(out), unharmed(err)
+        unharmed(out + err)
     for name in (NAME + ".html", "two.html", "why.html"):
         safe_page(tmp_path / name)
 
