@@ -99,3 +99,29 @@ def test_axe_finds_nothing(browser: Any, served: Served, width: int, scheme: str
     opened.locator(".token").first.click()
     assert opened.locator("#detail").is_visible() and violations() == []
     context.close()
+
+
+def test_nothing_an_answer_says_runs(browser: Any, served: Served) -> None:
+    """Text, tokens, alternatives, and the server's own complaint, all of them meaning harm."""
+    token = {"token": NASTY, "logprob": -1.0, "top_logprobs": [{"token": NASTY, "logprob": -1.0}]}
+    events: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": {"content": NASTY}, "logprobs": {"content": [token]}, "finish_reason": "stop"}]},
+        {"choices": [], "rewards": {"index": 0, "tokens": [{"text": NASTY, "described": 1.0, "trained": -1.0, "reward": 2.0}]}},
+        {"error": {"message": NASTY}},
+    ]
+    opened = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(message.text))
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    opened.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    opened.goto(served.url)
+    opened.locator("#question:focus").wait_for()
+    opened.keyboard.insert_text("Hello")
+    opened.keyboard.press("Enter")
+    opened.locator("#status", has_text="Both voices have answered").wait_for(state="attached")
+    assert "<script>" in opened.locator(".answer").first.inner_text() and "<script>" in opened.locator(".card .fault").first.inner_text()
+    opened.locator(".token").first.click()
+    assert "<script>" in opened.locator("#detail").inner_text() and "\u202e" not in opened.locator("body").inner_text()
+    assert opened.locator("body img, body style").count() == 0 and opened.evaluate("window.bad") is None and said == []
+    assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    opened.context.close()
