@@ -115,7 +115,7 @@ def one(url: str, number: int) -> tuple[str, int]:
         data = data[: len(data) // 2]
     if kind in ("gone", "half"):
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 60) as line:
+        with socket.create_connection((host, int(port)), 300) as line:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer s3cret\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
             line.sendall(head.encode() + (data if kind == "gone" else data[:20]))
             if kind == "gone":
