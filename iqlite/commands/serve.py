@@ -69,6 +69,7 @@ def serve(
     voices = Voices(speaker, dict(zip(names, adapters[1:], strict=True)))
     batcher = Batcher(voices, speaker.session.sizes, room=queue)
     try:
+        made.listen()  # who asks as soon as the address is printed waits, and isn't refused
         url = address(made)
         console.print(f"models  {', '.join(clean(name) for name in voices.by_name)}")
         console.print(f"page    {url}", markup=False)

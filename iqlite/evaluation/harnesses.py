@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from iqlite.errors import RunError, warn
 from iqlite.run.files import read_json
 from iqlite.run.findings import HARNESSES, adapter_digest, file_of
 from iqlite.run.rundir import RunDir
-from iqlite.terminal import Watch, clean
+from iqlite.terminal import Count, Watch, clean
 
 if TYPE_CHECKING:
     from iqlite.serving.batcher import Batcher
@@ -140,13 +141,8 @@ def evaluate(run: RunDir, which: str, tasks: Sequence[Task], limit: int | None, 
                         arguments, more = _inspect(names, who, url, key, out, limit)
                     else:
                         arguments, more = _lm_eval(names, who, url, key, out, limit, tokenizer, voices.context)
-                    _run(
-                        [programs[harness], *arguments],
-                        folder,
-                        more,
-                        out / OUTPUT,
-                        lambda what=what: count.moment(f"{what}, {batcher.tokens} tokens"),
-                    )  # type: ignore[misc]
+                    tick = partial(_moment, count, what, batcher)
+                    _run([programs[harness], *arguments], folder, more, out / OUTPUT, tick)
                     found[who] |= _inspect_figures(out) if harness == INSPECT else _lm_eval_figures(out)
                     count.advance(1)
     return _beside(found)
@@ -202,6 +198,10 @@ def _run(arguments: Sequence[str], folder: Path, more: Mapping[str, str], output
             process.kill()
     if code:
         raise _failed(Path(arguments[0]).name, f"ended with exit code {code}", output)
+
+
+def _moment(count: Count, what: str, batcher: Batcher) -> None:
+    count.moment(f"{what}, {batcher.tokens} tokens answered")
 
 
 def _failed(name: str, why: str, output: Path) -> RunError:

@@ -65,9 +65,11 @@ def test_a_pushed_adapter_is_the_run_s(hub: Hub, iqlite: Call, make_run: Callabl
     assert repo["commits"] == 3 and repo["private"]
     made = {key: value for key, value in run.environment().items() if key not in ("run", "place", "format")}
     other = RunDir.create(tmp_path / "other", run.recipe(), made | {"base": made["base"] | {"name": "org/base"}})
-    other.save_folder(
-        other.adapter, lambda path: shutil.copytree(run.adapter, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-    )
+
+    def copied(path: Path) -> None:
+        shutil.copytree(run.adapter, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+
+    other.save_folder(other.adapter, copied)
     hub.make("org/base")
     code, _, err = iqlite("push", other.path, "me/open", "--public")
     assert code == 0, err

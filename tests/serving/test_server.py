@@ -358,3 +358,12 @@ def test_the_queue_is_bounded(served: Served) -> None:
         thread.join()
     served.batcher.room = 64
     assert {*seen} == {200, 429} and len(seen) == 12
+
+
+def test_compare_takes_it_for_a_judge(served: Served, iqlite: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IQLITE_JUDGE_KEY", raising=False)
+    few = ("--count", "1", "--seeds", "1", "--no-safety", "--json")
+    code, out, err = iqlite("compare", served.run.path, "--judge", f"{served.url}/v1#base", *few)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["judge"] == "base" and found["judging"]["asked"] >= 2 * len(found["contests"]) and found["judging"]["tokens"] > 0
