@@ -192,6 +192,7 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "GGUF of another architecture": (gguf_of_another_architecture, ["phi.gguf", "'phi3'", "can't convert", "the original model's folder"]),
     "adapter on the head": (adapter_on_the_head, ["headed", "LM head"]),
     "pickled weights only": (pickled_base, ["pickled", "pickled weights aren't loaded", "safetensors"]),
+    "a path that is none": (changed(prompts={"train": "a\0b"}), ["a null character is in it", "name another path"]),
     "missing base": (changed(model={"base": "./nothing"}), ["./nothing", "no such file or folder"]),
     "hub model without network": (changed(model={"base": "allenai/OLMo-2-1124-7B-SFT"}), ["allenai/OLMo-2-1124-7B-SFT", "model.base"]),
     "hub prompts without network": (changed(prompts={"train": {"dataset": "nobody/nothing"}}), ["prompts.train", "nobody/nothing", "local file"]),

@@ -14,7 +14,7 @@ Found = dict[str, Any]
 def what_of(path: str) -> str:
     """Which part of the work a file belongs to."""
     parts = [part.removeprefix(".making-").removeprefix(".old-") for part in Path(path).parts]
-    if parts[0] in ("cache", "out") or parts[0].startswith("out"):
+    if not parts or parts[0] == "cache" or parts[0].startswith("out"):
         return ""
     if len(parts) < 2:
         return "the run's folder"
