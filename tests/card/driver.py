@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,7 +66,18 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
         patch(bnb.nn.Params4bit, "__new__", staticmethod(_params4bit))
         patch(bnb.nn.Params4bit, "from_prequantized", staticmethod(_from_prequantized))
         with card.on():
+            patch(threading.Thread, "run", _within(card, threading.Thread.run))
             yield card
+
+
+def _within(card: PlayedCard, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Threads that start while a card is played play it too: a dispatch mode is a thread's own."""
+
+    def run_within(thread: threading.Thread) -> Any:
+        with card:
+            return run(thread)
+
+    return run_within
 
 
 def _patch(stack: ExitStack, where: Any, name: str, value: Any) -> None:
