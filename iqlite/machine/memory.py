@@ -177,8 +177,7 @@ def _rollout(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
 
 def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     row = work.longest + work.description_tokens
-    most = max(work.readings * work.prompts, (work.readings + 1) * work.answers)  # an evaluation reads by the policy too
-    tokens = min(max(widths.read_tokens, row), most * row)
+    tokens = min(max(widths.read_tokens, row), work.readings * work.answers * row)  # of one role at a time
     return {"activations": _passing(shape, work, tokens, row)}
 
 
@@ -188,7 +187,12 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     kept = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
     if not work.checkpointing:
         kept = _saved(shape, work, tokens) * (shape.layers - 1)
-    chunk = min(widths.chunk_tokens, answers) * shape.vocabulary * 4.0 * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
+    chunk = (
+        min(widths.chunk_tokens, work.answers * work.new_tokens)
+        * shape.vocabulary
+        * 4.0
+        * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
+    )
     states = tokens * (4.0 * shape.hidden + 2 * hidden) + 2 * answers * hidden
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
     norms = 8.0 * shape.hidden if shape.model_type in POST_NORMED else 0.0

@@ -88,4 +88,6 @@ def _fill(model: Any, device: torch.device, dtype: torch.dtype) -> None:
             full = torch.empty(parameter.shape, device=device, dtype=dtype)
             full = full.normal_(std=STD) if full.dim() > 1 else full.fill_(1.0)
             setattr(module, name, nn.Parameter(full, requires_grad=False))
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
     model.tie_weights()

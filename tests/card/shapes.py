@@ -44,7 +44,7 @@ HEAD = 5  # tokens of the template before every request
 
 @dataclass(frozen=True)
 class Peak:
-    """A phase's peak in bytes, without the driver's context: as planned (without the allocator's term), allocated, and reserved."""
+    """A phase's peak in bytes, without the driver's context: as planned, allocated, and reserved."""
 
     phase: str
     planned: float
@@ -71,8 +71,8 @@ class Played:
 
 
 def of_context(plan: Plan) -> dict[str, float]:
-    """A plan's bytes in the allocator's tensors by phase: without the driver's context and what the allocator holds beyond."""
-    return {phase: plan.total(phase) - plan.stays["CUDA context"] - plan.phases[phase].get("allocator", 0.0) for phase in PHASES}
+    """A plan's bytes in tensors by phase: without the driver's context."""
+    return {phase: plan.total(phase) - plan.stays["CUDA context"] for phase in PHASES}
 
 
 def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: int = 0, card: str = "RTX 4070", expandable: bool = True,

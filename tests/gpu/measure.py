@@ -101,7 +101,7 @@ def speed(way: str) -> dict[str, Any]:
             made = sample(policy, "policy", requests, ids[:rows], range(rows), [0], Sampler(0, new), step=step, sizes=sizes)
             return int(made.mask_BT.sum())
 
-        found["rollout"] = {rows: timed(lambda rows=rows: drawn(rows, 1), lambda rows=rows: drawn(rows, 0)) for rows in ROWS}  # type: ignore[misc]
+        found["rollout"] = {rows: timed(lambda rows=rows: drawn(rows, 1), lambda rows=rows: drawn(rows, 0)) for rows in ROWS}
         rollout, optimizer = full_length(list(session.train.requests[:16])), make_optimizer(policy, work.optimizer)
         tokens = int(rollout.mask_BT.sum())
 
@@ -131,7 +131,7 @@ def speed(way: str) -> dict[str, Any]:
                 )  # fmt: skip
             return rows * new
 
-        found[cache] = {rows: timed(lambda rows=rows: generated(rows), lambda rows=rows: generated(rows, 4)) for rows in ROWS}  # type: ignore[misc]
+        found[cache] = {rows: timed(lambda rows=rows: generated(rows), lambda rows=rows: generated(rows, 4)) for rows in ROWS}
     return found
 
 
@@ -216,9 +216,9 @@ def main() -> None:
             )
             file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         if part == "speed":
-            for command in sdft(args.out):
+            for more in sdft(args.out):
                 if (left := end - time.monotonic()) > 0:
-                    subprocess.run(command, timeout=left + 30, check=False)
+                    subprocess.run(more, timeout=left + 30, check=False)
 
 
 def _run(command: list[str], seconds: float) -> dict[str, Any]:
