@@ -24,6 +24,7 @@ CHUNK_BESIDE = 5.25  # of these, those beside the readings', where there are man
 LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
 FLOAT_ROTARY = ("olmo", "olmo2", "olmo3", "flex_olmo")  # rotate queries and keys in float32
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
+POST_NORMED = ("olmo2", "olmo3", "gemma2", "gemma3_text", "gemma4_text", "exaone4")  # norms behind the MLP: their gradients are float32
 EAGER = ("gemma2",)  # attention by transformers' own mathematics, since a soft cap is in it
 EAGER_SCORES, EAGER_SAVED = 10, 8  # bytes a score at once without a gradient, and kept for it (some are float32)
 PHASES = ("rollout", "reading", "update")
@@ -180,8 +181,7 @@ def _rollout(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
 
 def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     row = work.longest + work.description_tokens
-    most = max(work.readings * work.prompts, (work.readings + 1) * work.answers)  # an evaluation reads by the policy too
-    tokens = min(max(widths.read_tokens, row), most * row)
+    tokens = min(max(widths.read_tokens, row), work.readings * work.answers * row)  # of one role at a time
     return {"activations": _passing(shape, work, tokens, row)}
 
 
@@ -191,10 +191,16 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     kept = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
     if not work.checkpointing:
         kept = _saved(shape, work, tokens) * (shape.layers - 1)
-    chunk = min(widths.chunk_tokens, answers) * shape.vocabulary * 4.0 * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
+    chunk = (
+        min(widths.chunk_tokens, work.answers * work.new_tokens)
+        * shape.vocabulary
+        * 4.0
+        * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
+    )
     states = tokens * (4.0 * shape.hidden + 2 * hidden) + 2 * answers * hidden
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
-    back = _saved(shape, work, tokens) + max(3 * wide, 2 * wide + matrix) + 2 * tokens * hidden
+    norms = 8.0 * shape.hidden if shape.model_type in POST_NORMED else 0.0
+    back = _saved(shape, work, tokens) + max(2 * wide, wide + matrix) + tokens * (2 * hidden + norms)
     if work.device == "cuda":  # the one's memory is used for the other
         states, chunk, back = (states, chunk, 0.0) if states + chunk > back else (0.0, 0.0, back)
     return {

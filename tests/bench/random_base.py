@@ -25,8 +25,11 @@ from iqlite.device import here
 STD = 0.02
 
 
-def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
-    """The architecture of a config.json with normal weights, NF4 with double quantisation, where and as a real base is loaded."""
+def random_base(config: Mapping[str, Any], seed: int = 0, *, tokenizer: bool = True) -> Base:
+    """The architecture of a config.json with normal weights, NF4 with double quantisation, where and as a real base is loaded.
+
+    `tokenizer` False: without one, for a machine that hasn't the embedded model.
+    """
     device, dtype = here()
     options = dict(config)
     settings = CONFIG_MAPPING[options.pop("model_type")](**options)
@@ -34,20 +37,21 @@ def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     torch.manual_seed(seed)
     made: dict[tuple[int, int], Params4bit] = {}
-    for layer in model.model.layers:
+    for layer in model.get_decoder().layers:
         for parent in layer.modules():
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, _quantised(child, made, device, dtype))
     _fill(model, device, dtype)
-    model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(locate(EMBEDDED))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
+    words = AutoTokenizer.from_pretrained(locate(EMBEDDED)) if tokenizer else None
+    model.generation_config = GenerationConfig(eos_token_id=2 if words is None else words.eos_token_id)
     model.requires_grad_(False)
     model.is_loaded_in_4bit, model.is_quantized = True, True
     train_on_any_cpu(model)
     name = f"random {settings.model_type}, {settings.num_hidden_layers} layers of {settings.hidden_size}"
-    return Base(name, model, tokenizer, dtype, "nf4", Identity(name, settings.model_type, 0, 0, 0, ()))
+    return Base(name, model, words, dtype, "nf4", Identity(name, settings.model_type, 0, 0, 0, ()))
 
 
 def _quantised(linear: nn.Linear, made: dict[tuple[int, int], Params4bit], device: torch.device, dtype: torch.dtype) -> Linear4bit:
@@ -84,4 +88,6 @@ def _fill(model: Any, device: torch.device, dtype: torch.dtype) -> None:
             full = torch.empty(parameter.shape, device=device, dtype=dtype)
             full = full.normal_(std=STD) if full.dim() > 1 else full.fill_(1.0)
             setattr(module, name, nn.Parameter(full, requires_grad=False))
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
     model.tie_weights()

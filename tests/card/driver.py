@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,9 +64,21 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
         patch(functional, "fill", lambda a, value, **_: a.fill_(value))
         patch(functional, "prefetch_tensor", lambda a, to_cpu=False: None)
         patch(bnb.nn.Params4bit, "__new__", staticmethod(_params4bit))
+        patch(bnb.nn.Params4bit, "to", _moved_4bit(bnb.nn.Params4bit.to))
         patch(bnb.nn.Params4bit, "from_prequantized", staticmethod(_from_prequantized))
         with card.on():
+            patch(threading.Thread, "run", _within(card, threading.Thread.run))
             yield card
+
+
+def _within(card: PlayedCard, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Threads that start while a card is played play it too: a dispatch mode is a thread's own."""
+
+    def run_within(thread: threading.Thread) -> Any:
+        with card:
+            return run(thread)
+
+    return run_within
 
 
 def _patch(stack: ExitStack, where: Any, name: str, value: Any) -> None:
@@ -242,6 +255,16 @@ def _params4bit(cls: Any, data: Any = None, requires_grad: bool = False, **attri
         setattr(made, name, default if value is None else value)
     made._is_param = True
     return made
+
+
+def _moved_4bit(to: Any) -> Any:
+    def moved(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        if isinstance(weight, Card) or device is None or device.type != playing().device.type:
+            return to(weight, *args, **kwargs)
+        return _params4bit(None, weight.data.to(playing().device), **vars(weight)).to(playing().device)
+
+    return moved
 
 
 def _from_prequantized(

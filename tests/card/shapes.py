@@ -44,7 +44,7 @@ HEAD = 5  # tokens of the template before every request
 
 @dataclass(frozen=True)
 class Peak:
-    """A phase's peak in bytes, without the driver's context: as planned (without the allocator's term), allocated, and reserved."""
+    """A phase's peak in bytes, without the driver's context: as planned, allocated, and reserved."""
 
     phase: str
     planned: float
@@ -71,8 +71,8 @@ class Played:
 
 
 def of_context(plan: Plan) -> dict[str, float]:
-    """A plan's bytes in the allocator's tensors by phase: without the driver's context and what the allocator holds beyond."""
-    return {phase: plan.total(phase) - plan.stays["CUDA context"] - plan.phases[phase].get("allocator", 0.0) for phase in PHASES}
+    """A plan's bytes in tensors by phase: without the driver's context."""
+    return {phase: plan.total(phase) - plan.stays["CUDA context"] for phase in PHASES}
 
 
 def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: int = 0, card: str = "RTX 4070", expandable: bool = True,
@@ -94,13 +94,14 @@ def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: i
         plan = estimate(shape, work, plan.widths)
         free = plan.peak
     said: list[str] = []
-    with played(card, 400 if roomy else free / GIB, numbers=False, expandable=expandable) as there, _answers_of(DECODED):
-        session, full_length = _session(there, recipe, work, config, plan.widths, said.append)
-        peaks = list(_steps(there, session, full_length, plan, work, evaluates))
+    with played(card, 400 if roomy else free / GIB, numbers=False, expandable=expandable) as there, answers_of(DECODED):
+        base = base_of(there, config, torch.bfloat16 if there.model.capability >= (8, 0) else torch.float16)
+        session, full_length = session_of(base, recipe, work, plan.widths, said.append)
+        peaks = list(steps_of(there, session, full_length, plan, work, evaluates))
         return Played(plan, tuple(peaks), tuple(said), there.memory.full, there.memory.retries, there.paged)
 
 
-def _steps(card: PlayedCard, session: Session, full_length: Callable[[Rollout], Rollout], plan: Plan, work: Work, evaluates: bool) -> Iterator[Peak]:  # fmt: skip
+def steps_of(card: Any, session: Session, full_length: Callable[[list[Messages]], Rollout], plan: Plan, work: Work, evaluates: bool) -> Iterator[Peak]:  # fmt: skip
     planned, sizes = of_context(plan), session.sizes
     optimizer = make_optimizer(session.policy, work.optimizer)
     row = work.longest - HEAD  # what all requests begin with is read once
@@ -109,24 +110,21 @@ def _steps(card: PlayedCard, session: Session, full_length: Callable[[Rollout], 
         "reading": sizes.read_tokens // (row * len(session.readings)),
         "update": 2 * max(1, sizes.update_tokens // row),
     }
-    for step in range(2):
-        rows = {
-            phase: max(1, min(count, work.prompts if phase == "update" else work.answers)) if step else 1 for phase, count in whole.items()
-        }
-        requests = list(session.train.requests[: max(rows.values())])
-        answer = partial(session.answers, "policy", requests[: rows["rollout"]], session.sampler("train"), step=step)
-        rolled, _ = _measured(card, "rollout", planned, answer)
-        rollout: Rollout = full_length(session.answers("reference", requests, session.sampler("train"), step=step))
-        part = _first(rollout, rows["reading"])
-        reading, scores = _measured(card, "reading", planned, partial(read, session.policy, session.chat, part, session.readings, sizes))
-        hidden = {name: states_BTD[:1].expand(rows["update"], -1, -1) for name, states_BTD in scores.hidden.items()}
-        part, given = _first(rollout, rows["update"]), SuperiorScores(hidden)
-        updated, _ = _measured(card, "update", planned, partial(update, session, optimizer, part, given, 1e-4))
-    yield from (rolled, reading, updated)
+    rows = {phase: max(1, min(count, work.prompts if phase == "update" else work.answers)) for phase, count in whole.items()}
+    requests = list(session.train.requests[: max(rows.values())])
+    rollout = full_length(requests)
+    scores = read(session.policy, session.chat, _first(rollout, 1), session.readings, sizes)
+    update(session, optimizer, _first(rollout, 1), scores, 1e-4)  # gives the optimizer its state
+    answer = partial(session.answers, "policy", requests[: rows["rollout"]], session.sampler("train"))
+    yield _measured(card, "rollout", planned, answer)
+    part = _first(rollout, rows["reading"])
+    yield _measured(card, "reading", planned, partial(read, session.policy, session.chat, part, session.readings, sizes))
+    hidden = {name: states_BTD.expand(rows["update"], -1, -1) for name, states_BTD in scores.hidden.items()}
+    part, given = _first(rollout, rows["update"]), SuperiorScores(hidden)
+    yield _measured(card, "update", planned, partial(update, session, optimizer, part, given, 1e-4))
     if evaluates:
-        asked = list(session.eval.requests[: session.recipe.prompts.eval_count])
-        answers = full_length(session.answers("policy", asked, session.sampler("eval")))
-        yield _measured(card, "reading", planned, partial(session.score, answers, weights="base"))[0]
+        answers = full_length(list(session.eval.requests[: session.recipe.prompts.eval_count]))
+        yield _measured(card, "reading", planned, partial(session.score, answers, weights="base"))
 
 
 def _first(rollout: Rollout, rows: int) -> Rollout:
@@ -134,17 +132,17 @@ def _first(rollout: Rollout, rows: int) -> Rollout:
     return replace(rollout, **short)
 
 
-def _measured(card: PlayedCard, phase: str, planned: dict[str, float], block: Callable[[], Any]) -> tuple[Peak, Any]:
+def _measured(card: Any, phase: str, planned: dict[str, float], block: Callable[[], Any]) -> Peak:
     gc.collect()
     card.memory.reset_peaks()
     before = card.counts.copy()
-    made = block()
+    block()
     of_allocator = planned[phase] - card.paged  # pages lie where the driver puts them
-    return Peak(phase, of_allocator, card.memory.peak_allocated, card.memory.peak_reserved, card.counts.since(before)), made
+    return Peak(phase, of_allocator, card.memory.peak_allocated, card.memory.peak_reserved, card.counts.since(before))
 
 
 @contextmanager
-def _answers_of(tokens: int) -> Iterator[None]:
+def answers_of(tokens: int) -> Iterator[None]:
     """Without numbers nothing tells when an answer ends: it does after so many tokens."""
     real, drawn = decoding.choose, [0]
 
@@ -160,10 +158,10 @@ def _answers_of(tokens: int) -> Iterator[None]:
         decoding.choose = steady.choose = real
 
 
-def _session(
-    card: PlayedCard, recipe: Recipe, work: Work, config: dict[str, Any], widths: Widths, say: Callable[[str], None]
-) -> tuple[Session, Callable[[Rollout], Rollout]]:
-    base = base_of(card, config, torch.bfloat16 if card.model.capability >= (8, 0) else torch.float16)
+def session_of(
+    base: Base, recipe: Recipe, work: Work, widths: Widths, say: Callable[[str], None]
+) -> tuple[Session, Callable[[list[Messages]], Rollout]]:
+    """A recipe on a base without a tokenizer, and what makes answers of full length."""
     if recipe.model.embeddings == "host":
         embed_on_host(base.model)
     policy = Policy(
@@ -177,11 +175,13 @@ def _session(
     sizes = Sizes(widths.rows, rollout_tokens=widths.rows * work.longest, say=say, **rest)
     session = Session(recipe, policy, chat, Prompts(requests), Prompts(requests), None, "user", (), sizes)
 
-    def full_length(rollout: Rollout) -> Rollout:
-        rows, new = len(rollout.index), recipe.rollout.max_new_tokens
-        tokens_BT = torch.full((rows, new), TOKEN)
-        return replace(
-            rollout, tokens_BT=tokens_BT, mask_BT=torch.ones_like(tokens_BT, dtype=torch.bool), ended_B=torch.zeros(rows, dtype=torch.bool)
+    def full_length(asked: list[Messages]) -> Rollout:
+        """Their answers, each as long as it may be."""
+        tokens_BT = torch.full((len(asked), recipe.rollout.max_new_tokens), TOKEN)
+        mask_BT, ended_B = torch.ones_like(tokens_BT, dtype=torch.bool), torch.zeros(len(asked), dtype=torch.bool)
+        ids = tuple(tuple(chat.ids(request)) for request in asked)
+        return Rollout(
+            index=tuple(range(len(asked))), requests=tuple(asked), prompt_ids=ids, tokens_BT=tokens_BT, mask_BT=mask_BT, ended_B=ended_B
         )
 
     return session, full_length
