@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 MEETING = timedelta(minutes=10)  # until all have come, with their imports
-UNMET = 8  # seconds
+UNMET = 8.0  # seconds before one that hasn't met the leader yet speaks for itself
+ALIKE = 1.0  # seconds that one that has leaves to the leader
 WAITING = timedelta(days=30)  # for a result: a rollout takes as long as it takes; `Watch` notices who is no more
 
 
@@ -202,6 +203,8 @@ class Ranks:
     def fault(self, text: str, code: int) -> None:
         """Ends all processes with one message, if there are several; else nothing happens."""
         if self.watch is not None:
+            if not self.leads:  # most likely all have met the same, and the leader says it
+                time.sleep(ALIKE)
             self.watch.fault(text if self.leads else f"process {self.rank}: {text}", code)
 
     def _all(self, packet: Tensor) -> list[tuple[Any, dict[str, Tensor]]]:

@@ -34,9 +34,9 @@ from tests.helpers.several import launcher
 ROOT = Path(__file__).parents[2]
 SMALL = {"rollout.max_new_tokens": 16, "prompts.eval_count": 3, "train.eval_every": 5, "train.checkpoint_every": 5, "judge.aim": "false"}
 EQUAL = SMALL | {"rollout.prompts_per_step": 3, "train.steps": 20}
-TINY = EQUAL | {"rollout.prompts_per_step": 6, "train.steps": 60, "train.learning_rate": 2e-3}
+TINY = EQUAL | {"rollout.prompts_per_step": 6, "train.learning_rate": 2e-3, "train.eval_every": 20}
 SPEED = SMALL | {"train.steps": 5, "train.eval_every": 1000, "prompts.eval_count": 1}
-WIDTHS = {"one": {}, "one, rows 1": {"rollout.batch": 1}, "one, 64 tokens": {"train.batch_tokens": 64}}
+WIDTHS = {"one, rows 1": {"rollout.batch": 1}, "one, 64 tokens": {"train.batch_tokens": 64}}
 
 
 def worker(recipe: str, out: str, stop: int, resume: bool, overrides: list[str]) -> None:
@@ -143,7 +143,9 @@ def tiny(folder: Path) -> str:
 
 def equal(folder: Path, recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One process at three widths, two and three processes."""
-    runs: dict[str, tuple[int, dict[str, Any]]] = {name: (1, more) for name, more in WIDTHS.items()} | {"two": (2, {}), "three": (3, {})}
+    runs: dict[str, tuple[int, dict[str, Any]]] = {"one": (1, {}), "two": (2, {}), "three": (3, {})} | {
+        name: (1, more) for name, more in WIDTHS.items()
+    }
     for name, (processes, more) in runs.items():
         run(processes, folder / name.replace(", ", "-").replace(" ", "-"), settings | more, recipe)
     return {name: apart(folder / "one", folder / name.replace(", ", "-").replace(" ", "-")) for name in runs if name != "one"}
@@ -243,7 +245,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("equal", "resume", "speed", "faults"))
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model for equal and resume, 60 steps")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model for equal and resume")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cards")
     asked = parser.parse_args()
     folder = asked.out.resolve()

@@ -128,6 +128,15 @@ def test_the_way_on_names_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert " ".join(launched_by()) == "accelerate launch --multi_gpu --num_processes 4 -m iqlite"
 
 
+def test_plan_knows_processes(recipe_file: Callable[..., str], iqlite: Callable[..., tuple[int, str, str]]) -> None:
+    recipe = recipe_file("planned", rollout={"prompts_per_step": 7, "max_new_tokens": 6})
+    alone, two = (json.loads(iqlite("plan", recipe, "--vram", "8GB", "--json", *more)[1]) for more in ((), ("--processes", "2")))
+    assert (alone["prompts_of_a_process"], two["prompts_of_a_process"], two["processes"]) == (7, 4, 2)
+    assert two["peak_bytes"] < alone["peak_bytes"] and two["stays_bytes"] == alone["stays_bytes"]  # each has the whole base
+    code, _, said = iqlite("plan", recipe, "--vram", "8GB", "--processes", "8")
+    assert code == 2 and said.count("\n") == 1 and "8 processes share out a step of 7 prompts, so 1 would have nothing to do" in said
+
+
 def until_step(out: Path, step: int, *processes: subprocess.Popen[str]) -> None:
     """Waits until a run has come to a step."""
     deadline = time.monotonic() + 300
