@@ -55,7 +55,7 @@ def work(jobs: list[dict[str, Any]]) -> None:
             train(session, run, Silent(), over)
         assert bool(refused) == limited
         if job.get("limit") and session.ranks.size > 1:  # agreed on by all
-            assert len({json.dumps(each) for each in session.ranks.everyone_s(session.sizes.record())}) == 1
+            assert len({json.dumps(each) for each in session.ranks.gathered(session.sizes.record())}) == 1
 
 
 def main() -> None:

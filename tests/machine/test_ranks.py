@@ -96,10 +96,15 @@ def test_a_packet_brings_everything_to_the_bit() -> None:
 def test_several_processes_are_one(recipe_file: Callable[..., str], tmp_path: Path) -> None:
     """Two against one: the plain path, all that is shared beside it, a process that is short of memory; and 1 → 2 → 1 resumed."""
     plain, others, legs = recipe_file("plain", train=LEARNED), recipe_file("others", **OTHERS), str(tmp_path / "legs")
-    alone = [{"recipe": recipe, "out": str(tmp_path / f"{name}-1")} for name, recipe in (("plain", plain), ("others", others))]
+    alone: list[dict[str, Any]] = [
+        {"recipe": recipe, "out": str(tmp_path / f"{name}-1")} for name, recipe in (("plain", plain), ("others", others))
+    ]
     work([*alone, {"recipe": plain, "out": legs, "stop": 2}])
     checkpoint = load_file(tmp_path / "legs" / "checkpoints" / "step-000002" / "state.safetensors")
-    together = [{"recipe": others, "out": str(tmp_path / "others-2")}, {"recipe": plain, "out": str(tmp_path / "short-2"), "limit": 80}]
+    together: list[dict[str, Any]] = [
+        {"recipe": others, "out": str(tmp_path / "others-2")},
+        {"recipe": plain, "out": str(tmp_path / "short-2"), "limit": 80},
+    ]
     started(2, [*together, {"recipe": plain, "out": legs, "resume": True, "stop": 2}], tmp_path)
     assert len(lines(tmp_path / "legs", "metrics.jsonl")) == 5
     adapter = load_file(tmp_path / "legs" / "checkpoints" / "step-000002" / "state.safetensors")
