@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 MEETING = timedelta(minutes=10)  # until all have come, with their imports
-UNMET = 8  # seconds
+UNMET = 8.0  # seconds before one that hasn't met the leader yet speaks for itself
+ALIKE = 1.0  # seconds that one that has leaves to the leader
 WAITING = timedelta(days=30)  # for a result: a rollout takes as long as it takes; `Watch` notices who is no more
 
 
@@ -151,19 +152,17 @@ class Ranks:
         value, tensors = _unpacked(packet)
         return dict(tensors), value
 
-    def everyone_s(self, value: Thing) -> list[Thing]:
+    def gathered(self, value: Thing) -> list[Thing]:
         """Every process's value, which JSON can say, by rank."""
         return [value] if self.size == 1 else [theirs for theirs, _ in self._all(_packed(value, {}))]
 
     def total(self, number: int) -> int:
         """The sum of everyone's."""
-        return sum(self.everyone_s(number))
+        return sum(self.gathered(number))
 
     def least(self, numbers: Mapping[str, int]) -> dict[str, int]:
         """Each number as small as any process has it."""
-        return (
-            {name: min(theirs[name] for theirs in self.everyone_s(dict(numbers))) for name in numbers} if self.size > 1 else dict(numbers)
-        )
+        return {name: min(theirs[name] for theirs in self.gathered(dict(numbers))) for name in numbers} if self.size > 1 else dict(numbers)
 
     def add_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Makes every parameter's gradient the sum of everyone's: one flat float32 sum, the same to the bit in all processes."""
@@ -186,7 +185,7 @@ class Ranks:
 
     def check_same(self, things: Mapping[str, Any]) -> None:
         """RunError unless all processes have the same recipe, prompts and base (named `things`): machines have their own files."""
-        for other, theirs in enumerate(self.everyone_s(json.loads(json.dumps(things)))):
+        for other, theirs in enumerate(self.gathered(json.loads(json.dumps(things)))):
             for name, own in json.loads(json.dumps(things)).items():
                 if theirs[name] != own:
                     raise RunError(
@@ -196,12 +195,14 @@ class Ranks:
     def leave(self) -> None:
         """Waits until all are done; from here on a process that ends is no fault."""
         if self.watch is not None:
-            self.everyone_s(None)
+            self.gathered(None)
             self.watch.over()
 
     def fault(self, text: str, code: int) -> None:
         """Ends all processes with one message, if there are several; else nothing happens."""
         if self.watch is not None:
+            if not self.leads:  # most likely all have met the same, and the leader says it
+                time.sleep(ALIKE)
             self.watch.fault(text if self.leads else f"process {self.rank}: {text}", code)
 
     def _all(self, packet: Tensor) -> list[tuple[Any, dict[str, Tensor]]]:

@@ -81,7 +81,8 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
         for verdict in verdicts:
             report.verdict(step, verdict)
             why = verdict.rule if verdict.stop else why
-        if why is None and step < total and any(session.ranks.everyone_s(interrupted())):
+        why = session.ranks.told(why)  # different machines could round to different verdicts
+        if why is None and step < total and any(session.ranks.gathered(interrupted())):
             why = "interrupted"
         if step % recipe.train.checkpoint_every == 0 or step == total or why is not None:
             save_checkpoint(session, run, optimizer, monitors, step, why)

@@ -90,7 +90,7 @@ def open_session(
     if ranks.size > 1:
         if ranks.first_here:
             locate(model.base, recipe.folder, model.revision)  # a GGUF file is converted once a machine
-        ranks.everyone_s(None)
+        ranks.gathered(None)
     base = load_base(
         model.base,
         model.quantization,

@@ -171,6 +171,7 @@ def finish_the_step(out: Console, ranks: Ranks = ALONE) -> Iterator[Interrupt]:
     try:
         yield interrupt
     finally:
+        interrupt.end.cancel()
         for which, handler in before.items():
             signal.signal(which, handler)
 
@@ -180,6 +181,8 @@ class Interrupt:
 
     def __init__(self, out: Console, ranks: Ranks = ALONE):
         self.out, self.ranks, self.asked, self.since = out, ranks, False, 0.0
+        self.end = threading.Timer(GRACE, self._at_once)
+        self.end.daemon = True
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -195,9 +198,7 @@ class Interrupt:
             self.ranks.watch.fault(killed, 1)
         else:
             self.out.print(f"[yellow]finishing this step, then writing a checkpoint, if that takes less than {GRACE} s[/]")
-            end = threading.Timer(GRACE, self._at_once)
-            end.daemon = True
-            end.start()
+            self.end.start()
 
     def _at_once(self) -> None:
         self.ranks.fault(f"stopped at once; the last checkpoint is kept: go on with {shlex.join(launched_by())} train … --resume", 130)

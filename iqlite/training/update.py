@@ -124,7 +124,7 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
     if session.ranks.size == 1 or not centre:
         return logp_BT, advantages(reward_BT, learned_BT, gamma=gamma, centre=centre)
     advantage_BT = advantages(reward_BT, learned_BT, gamma=gamma, centre=False)
-    sums, tokens = zip(*session.ranks.everyone_s((float(advantage_BT.double().sum()), int(learned_BT.sum()))), strict=True)
+    sums, tokens = zip(*session.ranks.gathered((float(advantage_BT.double().sum()), int(learned_BT.sum()))), strict=True)
     return logp_BT, (advantage_BT - sum(sums) / sum(tokens)) * learned_BT
 
 

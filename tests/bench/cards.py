@@ -1,8 +1,8 @@
 """Several processes beside one: how far apart their runs are and why, how long a step takes, and what is said when one of them fails.
 
-    python -m tests.bench.cards equal    # one process at three widths, two and three processes: 20 steps of the embedded model
-    python -m tests.bench.cards resume   # a run by 2, then 1, then 3 processes, beside one process in one go
-    python -m tests.bench.cards speed    # seconds a step, wall and CPU, one thread a process, three times
+    python -m tests.bench.cards equal [--tiny]    # one process at three widths, two and three processes: 20 steps of the embedded model
+    python -m tests.bench.cards resume [--tiny]   # a run by 2, then 1, then 3 processes, beside one process in one go
+    python -m tests.bench.cards speed             # seconds a step, wall and CPU, one thread a process, three steps each
     python -m tests.bench.cards faults   # kill -9, SIGSTOP, a full memory, Ctrl-C, on a tiny model; then --resume
 
 A part writes its figures to DIR/PART.json (--out DIR). Runs that are there already aren't trained again. Every draw of a token is recorded with the distance of its random
@@ -12,6 +12,7 @@ number from the nearest edge between two tokens: where two runs part, that is th
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -32,10 +33,10 @@ from tests.helpers.several import launcher
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"rollout.max_new_tokens": 16, "prompts.eval_count": 3, "train.eval_every": 5, "train.checkpoint_every": 5, "judge.aim": "false"}
-EQUAL = SMALL | {"rollout.prompts_per_step": 3, "train.steps": 20, "train.learning_rate": 2e-4}
-SPEED = SMALL | {"train.steps": 4, "train.eval_every": 1000, "prompts.eval_count": 1}
-WIDTHS = {"one": {}, "one, rows 1": {"rollout.batch": 1}, "one, 64 tokens": {"train.batch_tokens": 64}}
-REPETITIONS = 3
+EQUAL = SMALL | {"rollout.prompts_per_step": 3, "train.steps": 20}
+TINY = EQUAL | {"rollout.prompts_per_step": 6, "train.learning_rate": 2e-3, "train.eval_every": 20}
+SPEED = SMALL | {"train.steps": 5, "train.eval_every": 1000, "prompts.eval_count": 1}
+WIDTHS = {"one, rows 1": {"rollout.batch": 1}, "one, 64 tokens": {"train.batch_tokens": 64}}
 
 
 def worker(recipe: str, out: str, stop: int, resume: bool, overrides: list[str]) -> None:
@@ -43,10 +44,11 @@ def worker(recipe: str, out: str, stop: int, resume: bool, overrides: list[str])
     import torch
 
     from iqlite.api import begin, load_recipe
-    from iqlite.model import decoding
-    from iqlite.training import loop
     from tests.helpers.reporters import Silent
 
+    decoding: Any
+    loop: Any
+    decoding, loop = (importlib.import_module(f"iqlite.{name}") for name in ("model.decoding", "training.loop"))
     draws: list[list[Any]] = []
     now: dict[str, Any] = {}
     noise, choose, part_of = decoding.noise, decoding.choose, loop.part_of
@@ -56,7 +58,7 @@ def worker(recipe: str, out: str, stop: int, resume: bool, overrides: list[str])
         return noise(seed, stream, step, index, position)
 
     def noted_choose(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-        token_B = choose(logits_BV, uniform_B, temperature, top_p)
+        token_B: torch.Tensor = choose(logits_BV, uniform_B, temperature, top_p)
         cumulative_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
         for row, token in enumerate(token_B.tolist()):
             edges = [float(cumulative_BV[row, token]), float(cumulative_BV[row, token - 1]) if token else 0.0]
@@ -85,12 +87,12 @@ def worker(recipe: str, out: str, stop: int, resume: bool, overrides: list[str])
     file.write_text(json.dumps({"draws": draws, "clocks": clocks, "threads": torch.get_num_threads()}), "utf-8")
 
 
-def run(processes: int, out: Path, settings: dict[str, Any], *, stop: int = 0, resume: bool = False) -> None:
-    """A run of the embedded model by so many processes of one thread each."""
+def run(processes: int, out: Path, settings: dict[str, Any], recipe: str = "cheerful-135m", *, stop: int = 0, resume: bool = False) -> None:
+    """A run by so many processes of one thread each."""
     if (out / "result.json").exists() and not resume:
         return
     start = [sys.executable] if processes == 1 else launcher(processes)
-    command = [*start, "-m", "tests.bench.cards", "worker", "cheerful-135m", str(out), str(stop), str(int(resume)), *(f"{key}={value}" for key, value in settings.items())]  # fmt: skip
+    command = [*start, "-m", "tests.bench.cards", "worker", recipe, str(out), str(stop), str(int(resume)), *(f"{key}={value}" for key, value in settings.items())]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -131,32 +133,44 @@ def apart(one: Path, other: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def equal(folder: Path) -> dict[str, Any]:
+def tiny(folder: Path) -> str:
+    """The recipe of a tiny random model."""
+    data = recipes(folder)["contrastive-full-kl"]
+    data["train"] |= {"steps": 4000, "eval_every": 1000, "checkpoint_every": 2}
+    (folder / "tiny.toml").write_text(tomli_w.dumps(data), "utf-8")
+    return str(folder / "tiny.toml")
+
+
+def equal(folder: Path, recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One process at three widths, two and three processes."""
-    runs: dict[str, tuple[int, dict[str, Any]]] = {name: (1, more) for name, more in WIDTHS.items()} | {"two": (2, {}), "three": (3, {})}
+    runs: dict[str, tuple[int, dict[str, Any]]] = {"one": (1, {}), "two": (2, {}), "three": (3, {})} | {
+        name: (1, more) for name, more in WIDTHS.items()
+    }
     for name, (processes, more) in runs.items():
-        run(processes, folder / name.replace(", ", "-").replace(" ", "-"), EQUAL | more)
+        run(processes, folder / name.replace(", ", "-").replace(" ", "-"), settings | more, recipe)
     return {name: apart(folder / "one", folder / name.replace(", ", "-").replace(" ", "-")) for name in runs if name != "one"}
 
 
-def resume(folder: Path) -> dict[str, Any]:
+def resume(folder: Path, recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
     """2 → 1 → 3 processes, beside one."""
-    legs, settings = folder / "legs", EQUAL
-    run(1, folder / "one", settings)
+    legs = folder / "legs"
+    run(1, folder / "one", settings, recipe)
     if not (legs / "result.json").exists():
-        run(2, legs, settings, stop=7)
-        run(1, legs, settings, stop=6, resume=True)
-        run(3, legs, settings, resume=True)
+        run(2, legs, settings, recipe, stop=7)
+        run(1, legs, settings, recipe, stop=6, resume=True)
+        run(3, legs, settings, recipe, resume=True)
     return {"2 → 1 → 3, stopped after steps 7 and 13": apart(folder / "one", legs)}
 
 
-def seconds(out: Path) -> list[dict[str, float]]:
-    """Median wall and CPU seconds a step, by process; the first step warms up."""
+def seconds(out: Path) -> list[dict[str, Any]]:
+    """Wall and CPU seconds of the steps after the first, which warms up, by process."""
     found = []
     for file in sorted(out.glob("draws-*.json")):
         clocks = json.loads(file.read_bytes())["clocks"]
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clocks)][1:]
-        found.append({"wall_s": statistics.median(s[0] for s in steps), "cpu_s": statistics.median(s[1] for s in steps)})
+        found.append(
+            {"wall_s": [s[0] for s in steps], "cpu_s": [s[1] for s in steps], "median_cpu_s": statistics.median(s[1] for s in steps)}
+        )
     return found
 
 
@@ -164,10 +178,9 @@ def speed(folder: Path) -> dict[str, Any]:
     """8 prompts by one and by two processes, and 16 by two."""
     found: dict[str, Any] = {}
     for name, processes, prompts in (("1 process, 8 prompts", 1, 8), ("2 processes, 8 prompts", 2, 8), ("2 processes, 16 prompts", 2, 16)):
-        for repetition in range(REPETITIONS):
-            out = folder / f"speed-{processes}-{prompts}-{repetition}"
-            run(processes, out, SPEED | {"rollout.prompts_per_step": prompts})
-            found.setdefault(name, []).append(seconds(out))
+        out = folder / f"speed-{processes}-{prompts}"
+        run(processes, out, SPEED | {"rollout.prompts_per_step": prompts})
+        found[name] = seconds(out)
     return found
 
 
@@ -175,10 +188,8 @@ def fails(folder: Path, kind: str, processes: int, victim: int) -> dict[str, Any
     """A tiny model's run in which a process fails: what is said, when, and where --resume goes on."""
     out = folder / f"fault-{kind}-{processes}-{victim}"
     shutil.rmtree(out, ignore_errors=True)
-    data = recipes(folder)["contrastive-full-kl"]
-    data["train"] |= {"steps": 4000, "eval_every": 1000, "checkpoint_every": 2}
-    (folder / "fault.toml").write_text(tomli_w.dumps(data), "utf-8")
-    command = [*launcher(processes), "-m", "iqlite", "train", str(folder / "fault.toml"), "--out", str(out), "--no-safety"]
+    recipe = tiny(folder)
+    command = [*launcher(processes), "-m", "iqlite", "train", recipe, "--out", str(out), "--no-safety"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
     def steps() -> int:
@@ -205,12 +216,12 @@ def fails(folder: Path, kind: str, processes: int, victim: int) -> dict[str, Any
     code, ended = process.wait(), time.monotonic() - began
     at = max(int(one.name.removeprefix("step-")) for one in (out / "checkpoints").glob("step-*"))
     done = steps()
-    return {"said": said, "all ended after s": round(ended, 1), "exit code": code, "steps done": done, "last checkpoint": at, "goes on at": goes_on(folder / "fault.toml", out)}  # fmt: skip
+    return {"said": said, "all ended after s": round(ended, 1), "exit code": code, "steps done": done, "last checkpoint": at, "goes on at": goes_on(recipe, out)}  # fmt: skip
 
 
-def goes_on(recipe: Path, out: Path) -> int:
+def goes_on(recipe: str, out: Path) -> int:
     """The first step that a resumed run does."""
-    command = [sys.executable, "-m", "iqlite", "train", str(recipe), "--out", str(out), "--resume", "--no-safety"]
+    command = [sys.executable, "-m", "iqlite", "train", recipe, "--out", str(out), "--resume", "--no-safety"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
@@ -234,11 +245,16 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("equal", "resume", "speed", "faults"))
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model for equal and resume")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cards")
     asked = parser.parse_args()
     folder = asked.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"equal": equal, "resume": resume, "speed": speed, "faults": faults}[asked.part](folder)
+    if asked.part in ("equal", "resume"):
+        recipe, settings = (tiny(folder), TINY) if asked.tiny else ("cheerful-135m", EQUAL)
+        found = {"equal": equal, "resume": resume}[asked.part](folder, recipe, settings)
+    else:
+        found = {"speed": speed, "faults": faults}[asked.part](folder)
     (folder / f"{asked.part}.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(json.dumps(found, indent=2, ensure_ascii=False))
 
