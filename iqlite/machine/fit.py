@@ -23,7 +23,7 @@ def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -
     chunk = cap.chunk_tokens
     if work.device == "cpu":
         chunk = max(LEAST_CHUNK, min(chunk, int(CHUNK_TENSOR / (4 * shape.vocabulary)) // 8 * 8))
-    fold = work.device == "cpu" and 4 * shape.linear_weights <= CPU_SHARE * free
+    fold = work.device == "cpu" and not work.streamed and 4 * shape.linear_weights <= CPU_SHARE * free
     start = Widths(cap.rows, cap.read_tokens, cap.update_tokens, chunk, fold)
     if given is not None:
         start = Widths(*(g or s for g, s in zip(vars(given).values(), vars(start).values(), strict=True)))
@@ -48,6 +48,7 @@ def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -
 
 
 Change = tuple[str, Callable[[Work], Work]]
+STREAM = 'model.offload = "auto"'
 LEAST_HARM: tuple[Change, ...] = (
     ('model.embeddings = "host"', lambda work: replace(work, on_card=False)),
     ('train.checkpointing = "on"', lambda work: replace(work, checkpointing=True)),
@@ -55,11 +56,32 @@ LEAST_HARM: tuple[Change, ...] = (
     ('train.optimizer = "paged-adamw-8bit"', lambda work: replace(work, optimizer="paged-adamw-8bit")),
     ('superior.weights = "base"', lambda work: replace(work, ema=False)),
     ('model.quantization = "nf4"', lambda work: replace(work, quantization="nf4")),
+    (STREAM, lambda work: work),
     ("prompts.max_tokens = 256", lambda work: replace(work, prompt_tokens=min(256, work.prompt_tokens))),
     ("rollout.max_new_tokens = 128", lambda work: replace(work, new_tokens=min(128, work.new_tokens))),
     ("adapter.rank = 8", lambda work: replace(work, rank=min(8, work.rank))),
 )
 """What makes a recipe smaller, in the order of least harm: time, then what the averaged weights gain, then what is trained."""
+
+
+def streaming(recipe: Recipe, shape: Shape, work: Work, free: float) -> Work:
+    """The work as `model.offload` wants it done in so many free bytes."""
+    return least_streaming(shape, work, free, given_widths(recipe)) if recipe.model.offload == "auto" else work
+
+
+def least_streaming(shape: Shape, work: Work, free: float, given: Widths | None = None) -> Work:
+    """The work with as few layers streamed as fit in `free` bytes; all of them where nothing fits."""
+
+    def fits(layers: int) -> bool:
+        return choose(shape, replace(work, streamed=0).streaming(layers), free, given).peak <= free
+
+    low, high = 0, shape.layers  # a layer more of them takes less memory, but for the first
+    if fits(0):
+        return replace(work, streamed=0)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return work.streaming(high)
 
 
 def given_widths(recipe: Recipe) -> Widths | None:
@@ -77,12 +99,15 @@ def advice(shape: Shape, work: Work, free: float, given: Widths | None = None) -
             break
         if (work.device == "cpu" and any(word in change for word in ("8bit", "host", "offload"))) or (shape.tied and "host" in change):
             continue
-        tried = choose(shape, apply(work), free)
+        smaller = apply(work)
+        if change == STREAM or STREAM in chosen:
+            smaller = least_streaming(shape, smaller, free)
+        tried = choose(shape, smaller, free)
         if tried.peak < plan.peak:
             if "checkpointing" in change:  # offload takes the place of on
                 chosen = [other for other in chosen if "checkpointing" not in other]
             chosen.append(change)
-            work, plan = apply(work), tried
+            work, plan = smaller, tried
     return chosen, plan
 
 

@@ -7,7 +7,7 @@ form gives were measured on this project's own code and are named below; tests/b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from iqlite.base.shape import Shape
 from iqlite.recipe.schema import Behavior, Principle, Recipe, readings_of
@@ -23,6 +23,7 @@ CHUNK_COPIES = 14  # [chunk, V] float32 tensors alive at once in the chunked los
 LOGIT_COPIES = 4  # [rows, V] float32 tensors alive at once while a token is chosen
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
 PHASES = ("rollout", "reading", "update")
+SLOTS = 2  # of streamed layers on a card: base.streaming's
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Work:
     optimizer: str
     checkpointing: bool
     offload: bool = False  # the layers' inputs wait in the computer's memory
+    streamed: int = 0  # layers whose weights come by when they are read
 
     @classmethod
     def of(cls, recipe: Recipe, shape: Shape, device: str) -> Work:
         """A recipe's work on a device of that type (torch's name), the recipe's "auto"s resolved."""
         train, rollout, superior = recipe.train, recipe.rollout, recipe.superior
+        streamed = shape.layers if recipe.model.offload == "layers" else 0
         texts, readings = _descriptions(recipe)
         longest = max((_tokens(text) for text in texts), default=0)
         room = shape.context - rollout.max_new_tokens - longest
@@ -79,7 +82,11 @@ class Work:
             optimizer=usual_optimizer(device) if train.optimizer == "auto" else train.optimizer,
             checkpointing=device != "cpu" if train.checkpointing == "auto" else train.checkpointing != "off",
             offload=train.checkpointing == "offload" and device != "cpu",
-        )
+        ).streaming(streamed)
+
+    def streaming(self, layers: int) -> Work:
+        """The same with so many layers streamed: they are recomputed, and their inputs wait in the computer's memory."""
+        return self if layers == 0 else replace(self, streamed=layers, checkpointing=True, offload=self.device == "cuda")
 
     @property
     def longest(self) -> int:
@@ -137,16 +144,20 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
     trained = shape.adapter_parameters(work.rank)
     norms = shape.hidden * shape.layers * 2 * work.bytes
     weights: dict[str, float]
+    mapped = work.device == "cpu" and work.streamed > 0  # in a file, of which the system keeps in memory what it has room for
+    here = 1 - work.streamed / shape.layers
     if work.quantization == "nf4":
-        linear = shape.linear_weights + shape.unread
+        linear = shape.linear_weights * here + shape.unread * (not mapped)
         weights = {"4-bit weights": linear / 2, "their quantisation state": linear * (NF4_BYTES - 0.5)}
     else:
-        weights = {"weights": float((shape.linear_weights + shape.unread) * work.bytes)}
-    if shape.other:
+        weights = {"weights": float((shape.linear_weights * here + shape.unread * (not mapped)) * work.bytes)}
+    if work.streamed and not mapped:
+        weights["slots of streamed layers"] = min(SLOTS, work.streamed) * layer_bytes(shape, work)
+    if shape.other and not mapped:
         weights["experts and other weights, unquantised"] = float(shape.other * work.bytes)
     return weights | {
-        "embeddings": matrix * work.on_card + norms,
-        "head": 0.0 if shape.tied else float(matrix),
+        "embeddings": 0.0 if mapped else matrix * work.on_card + norms,
+        "head": 0.0 if shape.tied or mapped else float(matrix),
         "adapter": 4.0 * trained * (1 + work.ema + work.adapters),
         "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
@@ -170,6 +181,7 @@ def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     tokens = min(max(widths.read_tokens, row), most * row)
     return {
         "activations": float(tokens * (_passing(shape, work) + shape.hidden * work.bytes)),
+        "states between layers": between_layers(shape, work, most * row),
         "dequantised weights": _dequantised(shape, work),
     }
 
@@ -177,13 +189,27 @@ def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
 def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     tokens = min(max(widths.update_tokens, work.longest), work.prompts * work.longest)
     saved = _saved(shape, work)
-    layer_inputs = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
+    kept = work.prompts * work.longest if work.streamed else tokens  # a streamed layer does all batches before the next comes
+    layer_inputs = (
+        offloaded(shape, work, tokens) / shape.layers * 2 if work.offload else offloaded(shape, work, kept)
+    )  # one in use, one on its way
     return {
         "activations": float(layer_inputs + tokens * saved) if work.checkpointing else float(tokens * saved * shape.layers),
         "logits chunk": 4.0 * CHUNK_COPIES * min(widths.chunk_tokens, work.prompts * work.new_tokens) * shape.vocabulary,
+        "states between layers": between_layers(shape, work, (work.readings + 1) * work.prompts * work.longest),
         "gradients": 4.0 * shape.adapter_parameters(work.rank),
         "dequantised weights": _dequantised(shape, work),
     }
+
+
+def layer_bytes(shape: Shape, work: Work) -> float:
+    """Bytes of one layer's weights as they are kept."""
+    return shape.linear_weights / shape.layers * (NF4_BYTES if work.quantization == "nf4" else work.bytes)
+
+
+def between_layers(shape: Shape, work: Work, tokens: int) -> float:
+    """Bytes of the states of all rows of a step, which wait while a streamed layer does one batch after the other."""
+    return float(tokens * shape.hidden * work.bytes) if work.streamed else 0.0
 
 
 def offloaded(shape: Shape, work: Work, tokens: int) -> float:

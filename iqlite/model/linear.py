@@ -24,12 +24,13 @@ BLOCK = (32, 128)  # rows of W, at least and at most, that are multiplied at onc
 def make_lean(model: Any) -> None:
     """Gives every LoRA layer of a PEFT model the forward of this module."""
     for module in model.modules():
-        if _is_adapted(module):
+        if is_adapted(module):
             module.folded = None
             module.forward = types.MethodType(_adapted, module)
 
 
-def _is_adapted(module: Any) -> bool:
+def is_adapted(module: Any) -> bool:
+    """True for a linear layer with LoRA on it."""
     return hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), torch.nn.Linear)
 
 
@@ -78,7 +79,7 @@ def folded(model: Any) -> Iterator[None]:
     Pays from a few small products on (decoding). Costs the memory of the adapted weights. For float32 only: 16 bits would round a
     small adapter away.
     """
-    layers = [module for module in model.modules() if _is_adapted(module)]
+    layers = [module for module in model.modules() if is_adapted(module)]
     try:
         for layer in layers:
             layer.folded = _fold(layer)

@@ -19,7 +19,7 @@ from iqlite.training.optimizer import learning_rate, make_optimizer
 from iqlite.training.order import prompts_and_contrary
 from iqlite.training.readings import read
 from iqlite.training.session import Session
-from iqlite.training.update import update
+from iqlite.training.update import training_batches, update
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
         clock.lap("rollout")
 
         # 3. read them under the reference, wanted and unwanted descriptions: what π̃ is made from
-        scores = read(policy, session.chat, rollout, session.readings, session.sizes)
+        scores = read(policy, session.chat, rollout, session.readings, session.sizes, training_batches(session, rollout))
         clock.lap("read")
 
         # 4. token rewards; 5. update the adapter by the objective
