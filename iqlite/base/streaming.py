@@ -134,7 +134,7 @@ class Mapped(Streamed):
         self.file.truncate(begin + size)
         for (*_, tensor), start in zip(found, starts, strict=True):
             self.file.seek(begin + start)
-            self.file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            self.file.write(tensor.data.contiguous().view(-1).view(torch.uint8).numpy().data)
         self.file.flush()
         self.maps.append(mmap.mmap(self.file.fileno(), size, offset=begin))
         whole = torch.frombuffer(self.maps[-1], dtype=torch.uint8)
@@ -178,8 +178,12 @@ def _moving(module: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
 def _put(owner: Any, name: str, view: Tensor) -> None:
     """Puts a view in a tensor's place; a parameter keeps its kind and what belongs to it."""
     old = getattr(owner, name)
-    if isinstance(owner, nn.Module):
-        view = type(old)(view, requires_grad=False, **vars(old)) if hasattr(old, "quant_state") else nn.Parameter(view, requires_grad=False)
+    if getattr(old, "quant_state", None) is not None:
+        from bitsandbytes.nn import Params4bit
+
+        view = Params4bit(view, requires_grad=False, **vars(old))
+    elif isinstance(owner, nn.Module):
+        view = nn.Parameter(view, requires_grad=False)
     setattr(owner, name, view)
 
 
@@ -196,7 +200,8 @@ def move(module: nn.Module, device: torch.device, *, but: Sequence[nn.Module] = 
                 state.to(device)
             if parameter.dim() < 2 or not vectors_only:
                 if id(parameter) not in done:
-                    _put(inside, name, parameter.detach().to(device))
+                    if parameter.device != device:
+                        _put(inside, name, parameter.data.to(device))
                     done[id(parameter)] = getattr(inside, name)
                 setattr(inside, name, done[id(parameter)])
         for name, buffer in list(inside.named_buffers(recurse=False)):

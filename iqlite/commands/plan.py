@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +61,9 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="Free memory of the GPU to plan for, such as 8GB.")] = None,
     card: Annotated[str | None, typer.Option(help="A card by its name or a part of it, such as 4070.")] = None,
     kind: Annotated[Device | None, typer.Option("--device", help="Plan for this machine's CPU or card.")] = None,
+    bus: Annotated[
+        float | None, typer.Option(min=0.1, max=10_000, help="GB a second to the card out of the computer's memory, for model.offload.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -68,14 +71,14 @@ def plan(
 
     Also what takes the memory, and what to change if it doesn't fit. Nothing is downloaded but a few kB.
     """
-    from iqlite.machine.fit import advice, choose, given_widths
+    from iqlite.machine.fit import advice, choose, given_widths, streaming
     from iqlite.machine.memory import GIB, Work
-    from iqlite.machine.timing import seconds_of_step, steps_of, typical_prompt
+    from iqlite.machine.timing import seconds_of_step, steps_of, streamed_bytes, typical_prompt
     from iqlite.recipe.reading import load_recipe
 
     console, overrides, device = terminal(stderr=as_json), overrides or [], kind.value if kind else None
-    if everything and (vram or card or device):
-        raise RecipeError("--all is about cards of six sizes: leave --vram, --card and --device out, or name one recipe.")
+    if everything and (vram or card or device or bus):
+        raise RecipeError("--all is about cards of six sizes: leave --vram, --card, --device and --bus out, or name one recipe.")
     if everything:
         _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
         return
@@ -84,11 +87,12 @@ def plan(
     recipe = load_recipe(recipe_path, overrides)
     machine = _machine(vram, card, device)
     shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
-    work = Work.of(recipe, shape, machine.device)
+    work = streaming(recipe, shape, Work.of(recipe, shape, machine.device), machine.free)
     made = choose(shape, work, machine.free, given_widths(recipe))
     changes, smaller = advice(shape, work, machine.free, given_widths(recipe))
     prompt = typical_prompt(recipe, work.prompt_tokens)
-    seconds = seconds_of_step(shape, work, made.widths, machine.rates, prompt) if machine.rates else None
+    rates = replace(machine.rates, bus=bus * 1e9) if machine.rates and bus else machine.rates
+    seconds = seconds_of_step(shape, work, made.widths, rates, prompt) if rates else None
     steps = steps_of(recipe)
     fits = made.peak <= machine.free
     if as_json:
@@ -97,7 +101,8 @@ def plan(
             "peak_bytes": made.peak, "peak_phase": made.sets_the_peak, "stays_bytes": dict(made.stays),
             "phases_bytes": {phase: dict(terms) for phase, terms in made.phases.items()}, "widths": asdict(made.widths),
             "longest_tokens": work.longest, "changes": changes if not fits else [], "changed_peak_bytes": smaller.peak,
-            "step_seconds": seconds, "steps": steps, "rates": machine.rates.record() if machine.rates else None,
+            "step_seconds": seconds, "steps": steps, "rates": rates.record() if rates else None,
+            "streamed_layers": work.streamed, "pass_bytes": streamed_bytes(shape, work),
         }  # fmt: skip
         print(json.dumps(found))
         raise typer.Exit(0 if fits else 1)
@@ -109,12 +114,17 @@ def plan(
         "at once": _widths(made, work),
         "lengths": f"prompts up to {work.prompt_tokens} tokens, answers up to {work.new_tokens}",
     }
+    if work.streamed:
+        told["offload"] = (
+            f"{work.streamed} of {shape.layers} layers come by when they are read, {streamed_bytes(shape, work) / GIB:.2f} GiB a pass of the weights"
+        )
     if not fits:
         helps = f" → {smaller.peak / GIB:.2f} GiB" + ("" if smaller.peak <= machine.free else ", which doesn't fit either: a smaller base")
         told["change"] = (", then ".join(changes) or "nothing helps") + helps
-    if seconds is not None and machine.rates is not None:
+    if seconds is not None and rates is not None:
         whole = f", {duration(seconds * steps)} for {steps} steps" if steps else ""
-        told["time"] = f"about {_short(seconds)} a step{whole}, with prompts of about {prompt} tokens (rates from {machine.rates.source})"
+        at = f", {rates.bus / 1e9:g} GB/s to the card" if work.streamed else ""
+        told["time"] = f"about {_short(seconds)} a step{whole}, with prompts of about {prompt} tokens (rates from {rates.source}{at})"
     else:
         told["time"] = "unknown: name the card with --card" if vram else "unknown until this machine was measured: iqlite bench"
     facts(console, told)
@@ -145,7 +155,7 @@ def _short(seconds: float) -> str:
 
 def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Console) -> None:
     """Every recipe of a folder on every card size."""
-    from iqlite.machine.fit import advice, choose, given_widths
+    from iqlite.machine.fit import advice, choose, given_widths, streaming
     from iqlite.machine.memory import GIB, Work
     from iqlite.recipe.reading import load_recipe
 
@@ -159,7 +169,7 @@ def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Cons
         cells = []
         for size in SIZES_GB:
             free = FREE_OF_A_CARD * size * GIB
-            work = Work.of(recipe, shape, "cuda")
+            work = streaming(recipe, shape, Work.of(recipe, shape, "cuda"), free)
             plan = choose(shape, work, free, given_widths(recipe))
             changes, smaller = advice(shape, work, free, given_widths(recipe))
             fits = plan.peak <= free

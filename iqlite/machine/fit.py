@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -70,18 +71,20 @@ def streaming(recipe: Recipe, shape: Shape, work: Work, free: float) -> Work:
 
 
 def least_streaming(shape: Shape, work: Work, free: float, given: Widths | None = None) -> Work:
-    """The work with as few layers streamed as fit in `free` bytes; all of them where nothing fits."""
+    """The work streamed so that it fits in `free` bytes and the least is moved; all layers where nothing fits.
 
-    def fits(layers: int) -> bool:
-        return choose(shape, replace(work, streamed=0).streaming(layers), free, given).peak <= free
-
-    low, high = 0, shape.layers  # a layer more of them takes less memory, but for the first
-    if fits(0):
-        return replace(work, streamed=0)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return work.streaming(high)
+    Not with as few layers as fit at all: a layer more makes room for more answers at once, and every position of those pays for a pass.
+    """
+    least, chosen = math.inf, replace(work, streamed=0).streaming(shape.layers)
+    for layers in range(shape.layers + 1):
+        tried = replace(work, streamed=0).streaming(layers)
+        plan = choose(shape, tried, free, given)
+        moved = layers * -(-work.prompts // plan.widths.rows)
+        if plan.peak <= free and moved < least:
+            least, chosen = moved, tried
+        if least == 0:
+            break
+    return chosen
 
 
 def given_widths(recipe: Recipe) -> Widths | None:

@@ -181,7 +181,7 @@ def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     tokens = min(max(widths.read_tokens, row), most * row)
     return {
         "activations": float(tokens * (_passing(shape, work) + shape.hidden * work.bytes)),
-        "states between layers": between_layers(shape, work, most * row),
+        "states between layers": between_layers(shape, work, most * row, tokens),
         "dequantised weights": _dequantised(shape, work),
     }
 
@@ -196,7 +196,7 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     return {
         "activations": float(layer_inputs + tokens * saved) if work.checkpointing else float(tokens * saved * shape.layers),
         "logits chunk": 4.0 * CHUNK_COPIES * min(widths.chunk_tokens, work.prompts * work.new_tokens) * shape.vocabulary,
-        "states between layers": between_layers(shape, work, (work.readings + 1) * work.prompts * work.longest),
+        "states between layers": between_layers(shape, work, (work.readings + 1) * work.prompts * work.longest, tokens),
         "gradients": 4.0 * shape.adapter_parameters(work.rank),
         "dequantised weights": _dequantised(shape, work),
     }
@@ -207,9 +207,11 @@ def layer_bytes(shape: Shape, work: Work) -> float:
     return shape.linear_weights / shape.layers * (NF4_BYTES if work.quantization == "nf4" else work.bytes)
 
 
-def between_layers(shape: Shape, work: Work, tokens: int) -> float:
-    """Bytes of the states of all rows of a step, which wait while a streamed layer does one batch after the other."""
-    return float(tokens * shape.hidden * work.bytes) if work.streamed else 0.0
+def between_layers(shape: Shape, work: Work, tokens: int, at_once: int) -> float:
+    """Bytes of the states of a step's tokens, which wait while a streamed layer does one batch after the other; of a card's all but two batches
+    are in the computer's memory."""
+    waiting = 2 * at_once if work.offload else tokens
+    return float(waiting * shape.hidden * work.bytes) if work.streamed else 0.0
 
 
 def offloaded(shape: Shape, work: Work, tokens: int) -> float:

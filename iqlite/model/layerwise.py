@@ -54,18 +54,39 @@ class Rows:
             found: Tensor = self.forward.decoder(**self.given).last_hidden_state
         return found
 
-    def keep_input(self) -> None:
-        """Keeps the states for the backward pass, in the computer's memory if the forward's inputs wait there."""
-        if self.forward.offload:
-            waiting = torch.empty(self.hidden.shape, dtype=self.hidden.dtype, pin_memory=self.forward.device.type == "cuda")
-            self.inputs.append(waiting.copy_(self.hidden, non_blocking=True))
-        else:
+    @property
+    def ready(self) -> Tensor:
+        """The states as they are now, on the card."""
+        return self._here(self.hidden)
+
+    def hand_down(self, gradient: Tensor | None) -> None:
+        """Keeps the gradient in the states that a layer was given, for the layer below."""
+        self.gradient = None if gradient is None else self._away(gradient)
+
+    @property
+    def handed(self) -> Tensor | None:
+        """The gradient in what the layer that is next on the way down gave."""
+        return None if self.gradient is None else self._here(self.gradient)
+
+    def on(self, at: int) -> None:
+        """Through layer `at`; its input is kept for the backward pass where there will be one."""
+        if torch.is_grad_enabled():
             self.inputs.append(self.hidden)
+        self.hidden = self._away(self.through(at, self._here(self.hidden)).detach())
 
     def take_input(self, at: int) -> Tensor:
         """The states that layer `at` was given, as a leaf; below the first layer nothing asks for a gradient."""
-        leaf = self.inputs.pop().to(self.forward.device, non_blocking=True).detach()
-        return leaf.requires_grad_(at > 0)
+        return self._here(self.inputs.pop()).detach().requires_grad_(at > 0)
+
+    def _away(self, states: Tensor) -> Tensor:
+        """To where states wait while other batches go through a layer: the computer's memory, if the forward's inputs do."""
+        if not self.forward.offload:
+            return states
+        waiting = torch.empty(states.shape, dtype=states.dtype, pin_memory=self.forward.device.type == "cuda")
+        return waiting.copy_(states, non_blocking=True)
+
+    def _here(self, states: Tensor) -> Tensor:
+        return states.to(self.forward.device, non_blocking=True)
 
 
 class Start(Rows):
@@ -119,28 +140,26 @@ class Way:
     def on(self, at: int) -> None:
         """Through layer `at`."""
         for rows in self.all:
-            if self.trains:
-                rows.keep_input()
-            rows.hidden = rows.through(at, rows.hidden).detach()
+            rows.on(at)
         if self.trains:  # of a prefix in training nothing is kept but its layers' inputs
             for start in self.starts:
                 start.prefix.keys[at] = start.prefix.values[at] = None  # type: ignore[index]
 
     def states(self) -> Tensor:
         """The states that predict the responses, with a gradient down to `leaf` in training."""
+        batch, self.rows.hidden = self.batch, self.rows.ready
         if self.trains:
             self.leaf = self.rows.hidden = self.rows.hidden.detach().requires_grad_()
-        batch = self.batch
         return self.rows.forward.predicting(self.rows.ended(), batch.prompts, batch.responses, self.begun, batch.width)
 
     def back(self, at: int) -> None:
         """Adds layer `at`'s part of the gradient, and hands the rest down."""
         leaves = [rows.take_input(at) for rows in self.all]
         made = [rows.through(at, leaf) for rows, leaf in zip(self.all, leaves, strict=True)]
-        ends = [(out, rows.gradient) for out, rows in zip(made, self.all, strict=True) if rows.gradient is not None]
+        ends = [(out, rows.handed) for out, rows in zip(made, self.all, strict=True) if rows.gradient is not None]
         torch.autograd.backward([out for out, _ in ends], [gradient for _, gradient in ends])
         for rows, leaf in zip(self.all, leaves, strict=True):
-            rows.gradient = leaf.grad
+            rows.hand_down(leaf.grad)
 
 
 class Layerwise:
@@ -165,8 +184,9 @@ class Layerwise:
             yield states
             del states
             if way.trains:
-                way.rows.gradient, way.rows.hidden = way.leaf.grad, way.leaf.detach()
+                way.rows.hand_down(way.leaf.grad)
                 del way.leaf
+            del way.rows.hidden
         self._backwards([way for way in ways if way.trains])
 
     def _forwards(self, batches: Sequence[Batch]) -> list[Way]:
