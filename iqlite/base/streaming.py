@@ -119,29 +119,32 @@ class Mapped(Streamed):
         Path(name).unlink()
         self.file = os.fdopen(handle, "r+b")
         self.maps: list[mmap.mmap] = []
-        done: dict[int, Tensor] = {}
+        there: set[int] = set()
         for module in (*layers, rest):
-            self._write(module, done)
+            self._write(module, there)
 
-    def _write(self, module: nn.Module, done: dict[int, Tensor]) -> None:
-        """Writes what isn't yet in the file, and puts views of it in its place: memory holds one module twice, never all."""
-        found = [one for one in _moving(module) if one[2].untyped_storage().data_ptr() not in done]
-        starts, size = _laid_out([tensor for *_, tensor in found])
-        if not found:
-            return
+    def _write(self, module: nn.Module, there: set[int]) -> None:
+        """Writes what isn't yet `there`, and puts views of the file in its place: memory holds one module twice, never all."""
+        found = [one for one in _moving(module) if one[2].data_ptr() not in there]
+        own = {id(tensor): tensor for *_, tensor in found}  # a head may be the embedding
+        starts, size = _laid_out(list(own.values()))
         begin = self.file.seek(0, os.SEEK_END)
         begin += -begin % mmap.ALLOCATIONGRANULARITY
-        self.file.truncate(begin + size)
-        for (*_, tensor), start in zip(found, starts, strict=True):
+        self.file.truncate(begin + max(size, 1))
+        for tensor, start in zip(own.values(), starts, strict=True):
             self.file.seek(begin + start)
             self.file.write(tensor.data.contiguous().view(-1).view(torch.uint8).numpy().data)
         self.file.flush()
-        self.maps.append(mmap.mmap(self.file.fileno(), size, offset=begin))
-        whole = torch.frombuffer(self.maps[-1], dtype=torch.uint8)
-        for (owner, name, tensor), start in zip(found, starts, strict=True):
-            view = _view(whole, start, tensor)
-            done[view.untyped_storage().data_ptr()] = view
-            _put(owner, name, view)
+        self.maps.append(mmap.mmap(self.file.fileno(), max(size, 1), offset=begin))
+        whole, begins = torch.frombuffer(self.maps[-1], dtype=torch.uint8), dict(zip(own, starts, strict=True))
+        made: dict[int, Any] = {}
+        for owner, name, tensor in found:
+            if id(tensor) in made:
+                setattr(owner, name, made[id(tensor)])
+            else:
+                _put(owner, name, _view(whole, begins[id(tensor)], tensor))
+                made[id(tensor)] = getattr(owner, name)
+                there.add(made[id(tensor)].data_ptr())
 
     def _arrive(self, at: int, ahead: int) -> None:
         if hasattr(mmap, "MADV_WILLNEED"):  # read ahead while this layer is computed

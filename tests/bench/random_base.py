@@ -1,6 +1,7 @@
 """A base of any size with random weights, in 4 bits, built layer by layer: never a float copy of the whole.
 
-Each distinct linear map is drawn and quantised once; its layers get copies of the packed numbers, which take their own memory.
+Each distinct linear map is drawn and quantised once; its layers get copies of the packed numbers, which take their own memory (none if
+`shared`: for who copies them elsewhere).
 The tokenizer is the embedded model's, whose ids are below every vocabulary here.
 """
 
@@ -25,7 +26,7 @@ from iqlite.device import here
 STD = 0.02
 
 
-def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
+def random_base(config: Mapping[str, Any], seed: int = 0, *, shared: bool = False) -> Base:
     """The architecture of a config.json with normal weights, NF4 with double quantisation, where and as a real base is loaded."""
     device, dtype = here()
     options = dict(config)
@@ -38,7 +39,7 @@ def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
         for parent in layer.modules():
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, _quantised(child, made, device, dtype))
+                    setattr(parent, name, _quantised(child, made, device, dtype, shared))
     _fill(model, device, dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)
     tokenizer = AutoTokenizer.from_pretrained(locate(EMBEDDED))
@@ -50,7 +51,9 @@ def random_base(config: Mapping[str, Any], seed: int = 0) -> Base:
     return Base(name, model, tokenizer, dtype, "nf4", Identity(name, settings.model_type, 0, 0, 0, ()))
 
 
-def _quantised(linear: nn.Linear, made: dict[tuple[int, int], Params4bit], device: torch.device, dtype: torch.dtype) -> Linear4bit:
+def _quantised(
+    linear: nn.Linear, made: dict[tuple[int, int], Params4bit], device: torch.device, dtype: torch.dtype, shared: bool
+) -> Linear4bit:
     shape = (linear.out_features, linear.in_features)
     layer = Linear4bit(
         *shape[::-1], bias=linear.bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
@@ -59,6 +62,11 @@ def _quantised(linear: nn.Linear, made: dict[tuple[int, int], Params4bit], devic
         weight = torch.empty(shape, dtype=dtype).normal_(std=STD)
         made[shape] = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
         layer.weight = made[shape]
+    elif shared:
+        first = made[shape]
+        own = copy.copy(first.quant_state)
+        own.state2 = copy.copy(own.state2)
+        layer.weight = Params4bit(first.data, requires_grad=False, **{**vars(first), "quant_state": own, "module": layer})
     else:
         first = made[shape]
         layer.weight = Params4bit.from_prequantized(
