@@ -62,15 +62,15 @@ class Streamed:
 
 
 class Ring(Streamed):
-    """Layers in pinned host memory, and `slots` buffers on the card, each as large as the largest layer. Layer i is always read from slot i mod `slots`."""
+    """Layers in pinned host memory, and SLOTS buffers on the card, each as large as the largest layer. Layer i is always read from slot i mod SLOTS."""
 
-    def __init__(self, layers: Sequence[nn.Module], device: torch.device, slots: int = SLOTS):
+    def __init__(self, layers: Sequence[nn.Module], device: torch.device):
         super().__init__(layers)
         self.device = device
         places = [_laid_out([tensor for *_, tensor in _moving(layer)]) for layer in layers]
         size = max(end for _, end in places)
         self.host: list[Tensor] = []
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(layers)))]
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(layers)))]
         self.stream = torch.get_device_module(device).Stream(device) if is_card(device) else None
         self.copied: list[Any] = [None] * len(self.slots)
         self.holds: list[int | None] = [None] * len(self.slots)
