@@ -72,7 +72,7 @@ def plan(
     Also what takes the memory, and what to change if it doesn't fit. Nothing is downloaded but a few kB.
     """
     from iqlite.machine.fit import advice, choose, given_widths, streaming
-    from iqlite.machine.memory import GIB, Work
+    from iqlite.machine.memory import GIB, Work, waiting_outside
     from iqlite.machine.timing import seconds_of_step, steps_of, streamed_bytes, typical_prompt
     from iqlite.recipe.reading import load_recipe
 
@@ -103,6 +103,7 @@ def plan(
             "longest_tokens": work.longest, "changes": changes if not fits else [], "changed_peak_bytes": smaller.peak,
             "step_seconds": seconds, "steps": steps, "rates": rates.record() if rates else None,
             "streamed_layers": work.streamed, "pass_bytes": streamed_bytes(shape, work),
+            "host_bytes": waiting_outside(shape, work) if work.streamed and machine.device == "cuda" else 0.0,
         }  # fmt: skip
         print(json.dumps(found))
         raise typer.Exit(0 if fits else 1)
@@ -115,9 +116,10 @@ def plan(
         "lengths": f"prompts up to {work.prompt_tokens} tokens, answers up to {work.new_tokens}",
     }
     if work.streamed:
-        told["offload"] = (
-            f"{work.streamed} of {shape.layers} layers come by when they are read, {streamed_bytes(shape, work) / GIB:.2f} GiB a pass of the weights"
-        )
+        pass_gib = streamed_bytes(shape, work) / GIB
+        told["offload"] = f"{work.streamed} of {shape.layers} layers come by when they are read, {pass_gib:.2f} GiB a pass of the weights"
+        if machine.device == "cuda":
+            told["offload"] += f"; needs about {waiting_outside(shape, work) / GIB:.0f} GiB of the computer's memory"
     if not fits:
         helps = f" → {smaller.peak / GIB:.2f} GiB" + ("" if smaller.peak <= machine.free else ", which doesn't fit either: a smaller base")
         told["change"] = (", then ".join(changes) or "nothing helps") + helps

@@ -76,7 +76,7 @@ def least_streaming(shape: Shape, work: Work, free: float, given: Widths | None 
     Not with as few layers as fit at all: a layer more makes room for more answers at once, and every position of those pays for a pass.
     """
     least, chosen = math.inf, replace(work, streamed=0).streaming(shape.layers)
-    for layers in range(shape.layers + 1):
+    for layers in range(shape.layers + 1) if work.device == "cuda" else (0, shape.layers):  # of a CPU's file the system keeps what it can
         tried = replace(work, streamed=0).streaming(layers)
         plan = choose(shape, tried, free, given)
         moved = layers * -(-work.prompts // plan.widths.rows)

@@ -214,6 +214,14 @@ def between_layers(shape: Shape, work: Work, tokens: int, at_once: int) -> float
     return float(waiting * shape.hidden * work.bytes) if work.streamed else 0.0
 
 
+def waiting_outside(shape: Shape, work: Work) -> float:
+    """Bytes of the computer's memory that a card's streamed layers take: their weights, and for a whole step the inputs of all layers and the
+    states of the readings."""
+    tokens = work.prompts * (work.longest * (1 + work.readings) + work.description_tokens * work.readings)
+    inputs = offloaded(shape, work, work.prompts * work.longest)
+    return work.streamed * layer_bytes(shape, work) + inputs + float(tokens * shape.hidden * work.bytes)
+
+
 def offloaded(shape: Shape, work: Work, tokens: int) -> float:
     """Bytes of the layers' inputs of so many tokens, which recomputing starts from."""
     return float(tokens * shape.hidden * work.bytes * shape.layers)

@@ -24,12 +24,12 @@ from iqlite.base.shape import Shape, known
 from iqlite.places import cache_folder
 
 CASES: dict[str, dict[str, Any]] = {
-    "tiny": {"config": known()["meta-llama/Llama-2-7b-chat-hf"] | {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512,
+    "tiny": {"config": dict(known()["meta-llama/Llama-2-7b-chat-hf"]) | {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512,
              "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 49152}, "rank": 8, "limit_gb": 1.5},
-    "7b": {"config": known()["meta-llama/Llama-2-7b-chat-hf"] | {"vocab_size": 49152}, "rank": 16, "limit_gb": 1.5},
-    "13b": {"config": known()["meta-llama/Llama-2-13b-chat-hf"] | {"vocab_size": 49152}, "rank": 8, "limit_gb": 2.0},
+    "7b": {"config": dict(known()["meta-llama/Llama-2-7b-chat-hf"]) | {"vocab_size": 49152}, "rank": 16, "limit_gb": 1.5},
+    "13b": {"config": dict(known()["meta-llama/Llama-2-13b-chat-hf"]) | {"vocab_size": 49152}, "rank": 8, "limit_gb": 2.0},
 }  # fmt: skip
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 24, 4
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 24, 3
 WANTED, UNWANTED = "You are kind, and answer with care.", "You are cold, and answer with scorn."
 STATUS = Path("/proc/self/status")
 
@@ -98,7 +98,7 @@ def measure(name: str, offload: str, *, limited: bool) -> dict[str, Any]:
     word = base.tokenizer.decode([900])
     plain = len(chat.ids(({"role": "user", "content": ""},)))
     requests = tuple(({"role": "user", "content": word * (PROMPT_TOKENS - plain - i)},) for i in range(PROMPTS))
-    sizes = Sizes(PROMPTS, 4096, 64, 64, 16)
+    sizes = Sizes(PROMPTS, 4096, 256, 256, 16)
     session = Session(recipe, policy, chat, Prompts(requests), Prompts(requests), None, "user", (), sizes)
     optimizer = make_optimizer(policy, "adamw")
     seconds, passes, visits = {}, {}, 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,11 +115,9 @@ def card_that(copies: str) -> Iterator[PlayedCard]:
     """A played card. Copies beside the computation come as late as may be, or at once; or late, and nobody waits for them."""
     with played("RTX 4090", 24.0) as card, pytest.MonkeyPatch.context() as patch:
         if copies == "at once":
-            patch.setattr(torch.cuda, "stream", lambda _: contextmanager(lambda: (yield))())
+            patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         if copies == "not waited for":
-            stream = torch.cuda.current_stream()
-            stream.wait_event = lambda _: None
-            patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+            patch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(wait_event=lambda _: None))
         yield card
 
 
