@@ -188,7 +188,7 @@ def test_a_recipe_is_frozen_and_its_fields_have_one_sentence_each() -> None:
     assert len({row.key for row in rows}) == len(rows)
     tables = [field.annotation for field in Recipe.model_fields.values()]
     count = sum(len(t.model_fields) for t in tables if isinstance(t, type) and issubclass(t, BaseModel))
-    assert count <= 52  # 49 of training (contrary prompts: 2, thinking: 2, backend: 1) and 3 of judging: each new one needs a user
+    assert count <= 53  # 50 of training (contrary prompts: 2, thinking: 2, backend: 1, offload: 1) and 3 of judging: each new one needs a user
     assert {row.key for row in rows} >= {f"behavior.mixture[].{n}" for n in Principle.model_fields} | {f"behavior.demonstrations[].{n}" for n in Demonstration.model_fields}  # fmt: skip
 
 
