@@ -1,6 +1,6 @@
 """A model larger than memory, on a CPU: one whole step with its layers in a mapped file, and beside it with all in memory.
 
-    python -m tests.bench.offload [--only 7b 13b] [--with layers none] [--out FILE]
+    python -m tests.bench.offload [--only 7b 13b] [--with layers none] [--layers N] [--out FILE]
 
 Random weights in NF4. Once the base is in its place the process may have no more than `limit_gb` of data (RLIMIT_DATA; mapped files don't
 count, anonymous memory does). Measured are the most anonymous memory that was resident, tokens a second by phase, and passes of the weights.
@@ -57,8 +57,8 @@ class Most:
         self.thread.join()
 
 
-def measure(name: str, offload: str, *, limited: bool) -> dict[str, Any]:
-    """One step in this process."""
+def measure(name: str, offload: str, layers: int, *, limited: bool) -> dict[str, Any]:
+    """One step in this process; `layers`: fewer than the model has."""
     import resource
 
     from iqlite.base.loading import let_go_of_files
@@ -76,6 +76,8 @@ def measure(name: str, offload: str, *, limited: bool) -> dict[str, Any]:
     from tests.bench.random_base import random_base
 
     case = CASES[name]
+    if layers:
+        case = case | {"config": case["config"] | {"num_hidden_layers": layers}}
     base = random_base(case["config"], shared=offload == "layers")
     if offload == "layers":
         streamed = stream(base.model, base.anatomy.layers, len(base.anatomy.layers), torch.device("cpu"), cache_folder())
@@ -124,7 +126,7 @@ def measure(name: str, offload: str, *, limited: bool) -> dict[str, Any]:
     shape = Shape.of(case["config"], name)
     digest = sum(float(value.double().abs().sum()) for value in policy.state().values()) if not limited else None
     return {
-        "shape": name, "offload": offload, "rank": case["rank"], "limit_gb": case["limit_gb"] if limited else None, "weights": shape.parameters,
+        "shape": name, "layers": shape.layers, "offload": offload, "rank": case["rank"], "limit_gb": case["limit_gb"] if limited else None, "weights": shape.parameters,
         "prompts": PROMPTS, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "answer_tokens": count, "threads": torch.get_num_threads(),
         "anonymous_loaded_gb": loaded / 1e9, "anonymous_peak_gb": most.bytes / 1e9, "data_gb": status("VmData") / 1e9,
         "resident_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
@@ -138,15 +140,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=["7b", "13b"])
     parser.add_argument("--with", dest="modes", nargs="+", choices=["layers", "none"], default=["layers", "none"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/offload.json"))
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
     parser.add_argument("--here", action="store_true", help="measure the one case in this process and print its JSON")
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measure(args.only[0], args.modes[0], limited=args.modes[0] == "layers")))
+        print(json.dumps(measure(args.only[0], args.modes[0], args.layers, limited=args.modes[0] == "layers")))
         return
     rows = json.loads(args.out.read_text("utf-8")) if args.out.exists() else []
     for name in args.only:
         for mode in args.modes:
-            command = [sys.executable, "-m", "tests.bench.offload", "--here", "--only", name, "--with", mode]
+            command = [sys.executable, "-m", "tests.bench.offload", "--here", "--only", name, "--with", mode, "--layers", str(args.layers)]
             done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
             if done.returncode:
                 sys.exit(done.stderr)
