@@ -124,7 +124,7 @@ def _backend(recipe: Recipe) -> str:
     from iqlite.base import unsloth
 
     asked, model = recipe.model.backend, recipe.model
-    if asked == "plain" or (asked == "auto" and not unsloth.installed()):
+    if asked == "plain" or (asked == "auto" and (model.offload != "none" or not unsloth.installed())):
         return "plain"
     import torch
 

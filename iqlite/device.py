@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import sys
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -110,6 +111,18 @@ def peak_gib(device: torch.device) -> float:
 
         return float(psutil.Process().memory_info().peak_wset) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def pinned(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes of the computer's memory that a card reads by itself. CUDA's are registered, since torch's own allocator rounds up to a power of two."""
+    if device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8, pin_memory=is_card(device))
+    made = torch.empty(size, dtype=torch.uint8)
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(made.data_ptr(), size, 0)) != 0:  # too much for this system: copies then wait for the host
+        return made
+    weakref.finalize(made, runtime.cudaHostUnregister, made.data_ptr())
+    return made
 
 
 def synchronize(device: torch.device) -> None:

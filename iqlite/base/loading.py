@@ -28,8 +28,10 @@ from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
 from iqlite.base.shape import context_of
 from iqlite.base.stored_types import check_files, is_packed
+from iqlite.base.streaming import Streamed, stream
 from iqlite.device import fuses_grouped_attention, here, is_card, total_gib
 from iqlite.errors import BaseError, first_line
+from iqlite.places import cache_folder
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Base:
     quantization: str
     identity: Identity
     backend: str = "plain"
+    streamed: Streamed | None = None  # what stands for layers that aren't in memory
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -73,11 +76,12 @@ def load_base(
     beside: Path = Path(),
     embeddings: str = "card",
     backend: str = "plain",
+    offload: Callable[[Mapping[str, Any]], int] = lambda _: 0,
     check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Base:
     """Loads `name` (relative paths are looked up in `beside`); BaseError says in one sentence why it can't be had.
 
-    `check` sees the configuration before any weights are read, and raises what speaks against them. `backend` is "plain", or "unsloth" once
+    `offload` says of the configuration how many layers are streamed. `check` sees the configuration before any weights are read, and raises what speaks against them. `backend` is "plain", or "unsloth" once
     `unsloth.prepare` has said so.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
@@ -91,7 +95,9 @@ def load_base(
     loader, packed = auto_class(config, name), is_packed(config, name)
     if Path(source).is_dir():
         check_files(Path(source), name)
-    check({key: value for key, value in config.to_dict().items() if key != "quantization_config"})
+    plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    check(plain)
+    layers_outside = offload(plain)
     if Path(source).is_dir():  # a download shows its progress; reading a folder needn't
         transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "revision": revision}
@@ -106,7 +112,7 @@ def load_base(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     if is_card(device):
-        options["device_map"] = {"": device.index if device.type == "cuda" else str(device)}
+        options["device_map"] = {"": "cpu" if layers_outside else device.index if device.type == "cuda" else str(device)}
     tokenizer = read_tokenizer(source, name, revision)
     try:
         if backend == "unsloth":
@@ -127,13 +133,16 @@ def load_base(
     train_on_any_cpu(model)
     if not fuses_grouped_attention(device):
         repeat_keys(model)
+    anatomy, streamed = Anatomy.of(model, name), None
+    if layers_outside:
+        streamed = stream(model, anatomy.layers, layers_outside, device, cache_folder())
+        anatomy = Anatomy.of(model, name)
     if embeddings == "host":
         embed_on_host(model)
-    if quantization == "nf4":
+    if quantization == "nf4" and not (streamed and device.type == "cpu"):
         let_go_of_files(model)
-    anatomy = Anatomy.of(model, name)
     identity = Identity.of(name, anatomy.config, anatomy.norm, anatomy.head.weight)
-    return Base(name, model, tokenizer, dtype, quantization, identity, backend)
+    return Base(name, model, tokenizer, dtype, quantization, identity, backend, streamed)
 
 
 def read_tokenizer(source: str, name: str, revision: str | None = None) -> Any:

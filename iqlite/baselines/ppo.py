@@ -23,7 +23,7 @@ from iqlite.training.optimizer import apply_update, learning_rate, load_state_of
 from iqlite.training.order import prompts_of_step, spread
 from iqlite.training.readings import read
 from iqlite.training.session import Session
-from iqlite.training.update import backward, micro_batches, policy_states
+from iqlite.training.update import backward, micro_batches, policy_batches
 
 EPOCHS, CLIP, LAMBDA = 2, 0.2, 0.95  # passes over a rollout, PPO's clip (arXiv 1707.06347), GAE's λ (arXiv 1506.02438)
 VALUE_RATE = 1e-2  # the value head's own learning rate, times 1/√D; our choice
@@ -128,9 +128,9 @@ def train_ppo(session: Session, work: Journal, say: Callable[[int, int, dict[str
         rollout = session.answers("policy", [session.train.requests[i] for i in chosen], session.sampler("train"), step=step, index=chosen)
         scores = read(policy, session.chat, rollout, session.readings, session.sizes)
         hidden_BTD = torch.zeros(*rollout.mask_BT.shape, policy.head.linear.weight.shape[1])
-        with policy.acting_as("policy"):
-            for rows in micro_batches(session, rollout):
-                hidden_BTD[rows] = policy_states(session, rollout, rows).float().cpu()
+        batches = micro_batches(session, rollout)
+        for rows, states_bTD in zip(batches, policy.read(policy_batches(session, rollout, batches, "policy")), strict=True):
+            hidden_BTD[rows] = states_bTD.float().cpu()
         logp_BT, reference_BT, superior_BT = token_logps(session, rollout, scores, hidden_BTD.to(policy.device, policy.base.compute_dtype))
         mask_BT = rollout.mask_BT
         reward_BT = rewards(logp_BT, reference_BT, superior_BT, mask_BT, beta)
@@ -140,8 +140,10 @@ def train_ppo(session: Session, work: Journal, say: Callable[[int, int, dict[str
         count = int(mask_BT.sum())
         for _ in range(EPOCHS):
             optimizer.zero_grad(set_to_none=True)
-            for rows in micro_batches(session, rollout):
-                backward(acting, rollout, scores, rows, count, logp_BT, advantage_BT)
+            states = policy.read(policy_batches(session, rollout, batches))
+            for rows in batches:
+                backward(acting, rollout, scores, rows, next(states), count, logp_BT, advantage_BT)
+            next(states, None)
             norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
             if recipe.superior.weights == "ema":
                 policy.update_ema(recipe.superior.ema_rate)

@@ -64,6 +64,9 @@ def plan(
     processes: Annotated[
         int, typer.Option(min=1, help="Processes, one a card, as torchrun or accelerate launch would start them for train.")
     ] = 1,
+    bus: Annotated[
+        float | None, typer.Option(min=0.1, max=10_000, help="GB a second to the card out of the computer's memory, for model.offload.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every recipe on cards of 6, 8, 10, 12, 16 and 24 GB.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,15 +74,17 @@ def plan(
 
     Also what takes the memory, and what to change if it doesn't fit. Nothing is downloaded but a few kB.
     """
-    from iqlite.machine.fit import advice, choose, given_widths
-    from iqlite.machine.memory import GIB, Work
+    from iqlite.machine.fit import advice, choose, given_widths, streaming
+    from iqlite.machine.memory import GIB, Work, waiting_outside
     from iqlite.machine.ranks import check_enough
-    from iqlite.machine.timing import seconds_of_step, steps_of, typical_prompt
+    from iqlite.machine.timing import seconds_of_step, steps_of, streamed_bytes, typical_prompt
     from iqlite.recipe.reading import load_recipe
 
     console, overrides, device = terminal(stderr=as_json), overrides or [], kind.value if kind else None
-    if everything and (vram or card or device or processes > 1):
-        raise RecipeError("--all is about cards of six sizes: leave --vram, --card, --device and --processes out, or name one recipe.")
+    if everything and (vram or card or device or bus or processes > 1):
+        raise RecipeError(
+            "--all is about cards of six sizes: leave --vram, --card, --device, --bus and --processes out, or name one recipe."
+        )
     if everything:
         _all(recipe_path or shipped_recipes(), overrides, as_json=as_json, console=console)
         return
@@ -89,14 +94,15 @@ def plan(
     machine = _machine(vram, card, device)
     shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
     check_enough(recipe, processes)
-    step = Work.of(recipe, shape, machine.device)
-    work = step.of_one_among(processes)
     if machine.device == "cpu":  # they share its memory
         machine = replace(machine, free=machine.free / processes)
+    step = Work.of(recipe, shape, machine.device)
+    work = streaming(recipe, shape, step.of_one_among(processes), machine.free)
     made = choose(shape, work, machine.free, given_widths(recipe))
     changes, smaller = advice(shape, work, machine.free, given_widths(recipe))
     prompt = typical_prompt(recipe, work.prompt_tokens)
-    seconds = seconds_of_step(shape, work, made.widths, machine.rates, prompt) if machine.rates else None
+    rates = replace(machine.rates, bus=bus * 1e9) if machine.rates and bus else machine.rates
+    seconds = seconds_of_step(shape, work, made.widths, rates, prompt) if rates else None
     steps = steps_of(recipe)
     fits = made.peak <= machine.free
     if as_json:
@@ -105,8 +111,10 @@ def plan(
             "peak_bytes": made.peak, "peak_phase": made.sets_the_peak, "stays_bytes": dict(made.stays),
             "phases_bytes": {phase: dict(terms) for phase, terms in made.phases.items()}, "widths": asdict(made.widths),
             "longest_tokens": work.longest, "changes": changes if not fits else [], "changed_peak_bytes": smaller.peak,
-            "step_seconds": seconds, "steps": steps, "rates": machine.rates.record() if machine.rates else None,
+            "step_seconds": seconds, "steps": steps, "rates": rates.record() if rates else None,
             "processes": processes, "prompts_of_a_process": work.prompts,
+            "streamed_layers": work.streamed, "pass_bytes": streamed_bytes(shape, work),
+            "host_bytes": waiting_outside(shape, work) if work.streamed and machine.device == "cuda" else 0.0,
         }  # fmt: skip
         print(json.dumps(found))
         raise typer.Exit(0 if fits else 1)
@@ -120,20 +128,25 @@ def plan(
     }
     if processes > 1:
         told["processes"] = f"{processes}, each with a base of its own and {work.prompts} of a step's {step.prompts} prompts"
-        if (
-            machine.rates is not None and seconds is not None
-        ):  # decoding takes as many passes however few rows it has: prompts are what to add
-            alone = seconds_of_step(shape, step, choose(shape, step, machine.free, given_widths(recipe)).widths, machine.rates, prompt)
+        if rates is not None and seconds is not None:  # decoding takes as many passes however few rows it has: prompts are what to add
+            alone_step = streaming(recipe, shape, step, machine.free)
+            alone = seconds_of_step(shape, alone_step, choose(shape, alone_step, machine.free, given_widths(recipe)).widths, rates, prompt)
             told["processes"] += (
                 f": {alone / seconds:.1f} times as fast as one. With rollout.prompts_per_step = {processes * recipe.rollout.prompts_per_step} "
                 f"a step takes about {_short(alone)} and has {processes} times the prompts"
             )
+    if work.streamed:
+        pass_gib = streamed_bytes(shape, work) / GIB
+        told["offload"] = f"{work.streamed} of {shape.layers} layers come by when they are read, {pass_gib:.2f} GiB a pass of the weights"
+        if machine.device == "cuda":
+            told["offload"] += f"; needs about {waiting_outside(shape, work) / GIB:.0f} GiB of the computer's memory"
     if not fits:
         helps = f" → {smaller.peak / GIB:.2f} GiB" + ("" if smaller.peak <= machine.free else ", which doesn't fit either: a smaller base")
         told["change"] = (", then ".join(changes) or "nothing helps") + helps
-    if seconds is not None and machine.rates is not None:
+    if seconds is not None and rates is not None:
         whole = f", {duration(seconds * steps)} for {steps} steps" if steps else ""
-        told["time"] = f"about {_short(seconds)} a step{whole}, with prompts of about {prompt} tokens (rates from {machine.rates.source})"
+        at = f", {rates.bus / 1e9:g} GB/s to the card" if work.streamed else ""
+        told["time"] = f"about {_short(seconds)} a step{whole}, with prompts of about {prompt} tokens (rates from {rates.source}{at})"
     else:
         told["time"] = "unknown: name the card with --card" if vram else "unknown until this machine was measured: iqlite bench"
     facts(console, told)
@@ -164,7 +177,7 @@ def _short(seconds: float) -> str:
 
 def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Console) -> None:
     """Every recipe of a folder on every card size."""
-    from iqlite.machine.fit import advice, choose, given_widths
+    from iqlite.machine.fit import advice, choose, given_widths, streaming
     from iqlite.machine.memory import GIB, Work
     from iqlite.recipe.reading import load_recipe
 
@@ -178,7 +191,7 @@ def _all(folder: Path, overrides: Sequence[str], *, as_json: bool, console: Cons
         cells = []
         for size in SIZES_GB:
             free = FREE_OF_A_CARD * size * GIB
-            work = Work.of(recipe, shape, "cuda")
+            work = streaming(recipe, shape, Work.of(recipe, shape, "cuda"), free)
             plan = choose(shape, work, free, given_widths(recipe))
             changes, smaller = advice(shape, work, free, given_widths(recipe))
             fits = plan.peak <= free

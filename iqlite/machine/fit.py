@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -
     chunk = cap.chunk_tokens
     if work.device == "cpu":
         chunk = max(LEAST_CHUNK, min(chunk, int(CHUNK_TENSOR / (4 * shape.vocabulary)) // 8 * 8))
-    fold = work.device == "cpu" and 4 * shape.linear_weights <= CPU_SHARE * free
+    fold = work.device == "cpu" and not work.streamed and 4 * shape.linear_weights <= CPU_SHARE * free
     start = Widths(cap.rows, cap.read_tokens, cap.update_tokens, chunk, fold)
     if given is not None:
         start = Widths(*(g or s for g, s in zip(vars(given).values(), vars(start).values(), strict=True)))
@@ -49,6 +50,7 @@ def choose(shape: Shape, work: Work, free: float, given: Widths | None = None) -
 
 
 Change = tuple[str, Callable[[Work], Work]]
+STREAM = 'model.offload = "auto"'
 LEAST_HARM: tuple[Change, ...] = (
     ('model.embeddings = "host"', lambda work: replace(work, on_card=False)),
     ('train.checkpointing = "on"', lambda work: replace(work, checkpointing=True)),
@@ -56,11 +58,34 @@ LEAST_HARM: tuple[Change, ...] = (
     ('train.optimizer = "paged-adamw-8bit"', lambda work: replace(work, optimizer="paged-adamw-8bit")),
     ('superior.weights = "base"', lambda work: replace(work, ema=False)),
     ('model.quantization = "nf4"', lambda work: replace(work, quantization="nf4")),
+    (STREAM, lambda work: work),
     ("prompts.max_tokens = 256", lambda work: replace(work, prompt_tokens=min(256, work.prompt_tokens))),
     ("rollout.max_new_tokens = 128", lambda work: replace(work, new_tokens=min(128, work.new_tokens))),
     ("adapter.rank = 8", lambda work: replace(work, rank=min(8, work.rank))),
 )
 """What makes a recipe smaller, in the order of least harm: time, then what the averaged weights gain, then what is trained."""
+
+
+def streaming(recipe: Recipe, shape: Shape, work: Work, free: float) -> Work:
+    """The work as `model.offload` wants it done in so many free bytes."""
+    return least_streaming(shape, work, free, given_widths(recipe)) if recipe.model.offload == "auto" else work
+
+
+def least_streaming(shape: Shape, work: Work, free: float, given: Widths | None = None) -> Work:
+    """The work streamed so that it fits in `free` bytes and the least is moved; all layers where nothing fits.
+
+    Not with as few layers as fit at all: a layer more makes room for more answers at once, and every position of those pays for a pass.
+    """
+    least, chosen = math.inf, replace(work, streamed=0).streaming(shape.layers)
+    for layers in range(shape.layers + 1) if work.device == "cuda" else (0, shape.layers):  # of a CPU's file the system keeps what it can
+        tried = replace(work, streamed=0).streaming(layers)
+        plan = choose(shape, tried, free, given)
+        moved = layers * -(-work.prompts // plan.widths.rows)
+        if plan.peak <= free and moved < least:
+            least, chosen = moved, tried
+        if least == 0:
+            break
+    return chosen
 
 
 def given_widths(recipe: Recipe) -> Widths | None:
@@ -78,12 +103,15 @@ def advice(shape: Shape, work: Work, free: float, given: Widths | None = None) -
             break
         if (work.device == "cpu" and any(word in change for word in ("8bit", "host", "offload"))) or (shape.tied and "host" in change):
             continue
-        tried = choose(shape, apply(work), free)
+        smaller = apply(work)
+        if change == STREAM or STREAM in chosen:
+            smaller = least_streaming(shape, smaller, free)
+        tried = choose(shape, smaller, free)
         if tried.peak < plan.peak:
             if "checkpointing" in change:  # offload takes the place of on
                 chosen = [other for other in chosen if "checkpointing" not in other]
             chosen.append(change)
-            work, plan = apply(work), tried
+            work, plan = smaller, tried
     return chosen, plan
 
 

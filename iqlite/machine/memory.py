@@ -28,6 +28,7 @@ POST_NORMED = ("olmo2", "olmo3", "gemma2", "gemma3_text", "gemma4_text", "exaone
 EAGER = ("gemma2",)  # attention by transformers' own mathematics, since a soft cap is in it
 EAGER_SCORES, EAGER_SAVED = 10, 8  # bytes a score at once without a gradient, and kept for it (some are float32)
 PHASES = ("rollout", "reading", "update")
+SLOTS = 2  # of streamed layers on a card: base.streaming's
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ class Work:
     optimizer: str
     checkpointing: bool
     offload: bool = False  # the layers' inputs wait in the computer's memory
+    streamed: int = 0  # layers whose weights come by when they are read
 
     @classmethod
     def of(cls, recipe: Recipe, shape: Shape, device: str) -> Work:
         """A recipe's work on a device of that type (torch's name), the recipe's "auto"s resolved."""
         train, rollout, superior = recipe.train, recipe.rollout, recipe.superior
+        streamed = shape.layers if recipe.model.offload == "layers" else 0
         texts, readings = _descriptions(recipe)
         longest = max((_tokens(text) for text in texts), default=0)
         room = shape.context - rollout.max_new_tokens - longest
@@ -84,7 +87,11 @@ class Work:
             optimizer=usual_optimizer(device) if train.optimizer == "auto" else train.optimizer,
             checkpointing=device != "cpu" if train.checkpointing == "auto" else train.checkpointing != "off",
             offload=train.checkpointing == "offload" and device != "cpu",
-        )
+        ).streaming(streamed)
+
+    def streaming(self, layers: int) -> Work:
+        """The same with so many layers streamed: they are recomputed, and their inputs wait in the computer's memory."""
+        return self if layers == 0 else replace(self, streamed=layers, checkpointing=True, offload=self.device == "cuda")
 
     def of_one_among(self, processes: int) -> Work:
         """The work of that one of several processes which has the most: prompts are shared out, lengths stay."""
@@ -147,16 +154,20 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
     trained = shape.adapter_parameters(work.rank)
     norms = shape.hidden * shape.layers * 2 * work.bytes
     weights: dict[str, float]
+    mapped = work.device == "cpu" and work.streamed > 0  # in a file, of which the system keeps in memory what it has room for
+    here = 1 - work.streamed / shape.layers
     if work.quantization == "nf4":
-        linear = shape.linear_weights + shape.unread
+        linear = shape.linear_weights * here + shape.unread * (not mapped)
         weights = {"4-bit weights": linear / 2, "their quantisation state": linear * (NF4_BYTES - 0.5)}
     else:
-        weights = {"weights": float((shape.linear_weights + shape.unread) * work.bytes)}
-    if shape.other:
+        weights = {"weights": float((shape.linear_weights * here + shape.unread * (not mapped)) * work.bytes)}
+    if work.streamed and not mapped:
+        weights["slots of streamed layers"] = min(SLOTS, work.streamed) * layer_bytes(shape, work)
+    if shape.other and not mapped:
         weights["experts and other weights, unquantised"] = float(shape.other * work.bytes)
     return weights | {
-        "embeddings": matrix * work.on_card + norms,
-        "head": 0.0 if shape.tied else float(matrix),
+        "embeddings": 0.0 if mapped else matrix * work.on_card + norms,
+        "head": 0.0 if shape.tied or mapped else float(matrix),
         "adapter": 4.0 * trained * (1 + work.ema + work.adapters),
         "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
@@ -182,13 +193,17 @@ def _rollout(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
 def _reading(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     row = work.longest + work.description_tokens
     tokens = min(max(widths.read_tokens, row), work.readings * work.answers * row)  # of one role at a time
-    return {"activations": _passing(shape, work, tokens, row)}
+    most = max(work.readings * work.prompts, (work.readings + 1) * work.answers)  # an evaluation reads by the policy too
+    return {"activations": _passing(shape, work, tokens, row), "states between layers": between_layers(shape, work, most * row, tokens)}
 
 
 def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     tokens = min(max(widths.update_tokens, work.longest), work.prompts * work.longest)
     answers, hidden = tokens * work.new_tokens / work.longest, shape.hidden * work.bytes
-    kept = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
+    all_at_once = work.prompts * work.longest if work.streamed else tokens  # a streamed layer does all batches before the next comes
+    kept = (
+        offloaded(shape, work, tokens) / shape.layers * 2 if work.offload else offloaded(shape, work, all_at_once)
+    )  # one in use, one on its way
     if not work.checkpointing:
         kept = _saved(shape, work, tokens) * (shape.layers - 1)
     chunk = (
@@ -207,9 +222,30 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
         "layers' inputs" if work.checkpointing else "activations of the layers before": kept,
         "last states and their gradient": states,
         "logits chunk": chunk,
+        "states between layers": between_layers(shape, work, (work.readings + 1) * work.prompts * work.longest, tokens),
         "a layer's activations and gradients": back,
         "gradients": 4.0 * shape.adapter_parameters(work.rank),
     }
+
+
+def layer_bytes(shape: Shape, work: Work) -> float:
+    """Bytes of one layer's weights as they are kept."""
+    return shape.linear_weights / shape.layers * (NF4_BYTES if work.quantization == "nf4" else work.bytes)
+
+
+def between_layers(shape: Shape, work: Work, tokens: int, at_once: int) -> float:
+    """Bytes of the states of a step's tokens, which wait while a streamed layer does one batch after the other; of a card's all but two batches
+    are in the computer's memory."""
+    waiting = 2 * at_once if work.offload else tokens
+    return float(waiting * shape.hidden * work.bytes) if work.streamed else 0.0
+
+
+def waiting_outside(shape: Shape, work: Work) -> float:
+    """Bytes of the computer's memory that a card's streamed layers take: their weights, and for a whole step the inputs of all layers and the
+    states of the readings."""
+    tokens = work.prompts * (work.longest * (1 + work.readings) + work.description_tokens * work.readings)
+    inputs = offloaded(shape, work, work.prompts * work.longest)
+    return work.streamed * layer_bytes(shape, work) + inputs + float(tokens * shape.hidden * work.bytes)
 
 
 def offloaded(shape: Shape, work: Work, tokens: int) -> float:

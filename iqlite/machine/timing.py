@@ -16,7 +16,7 @@ from typing import Any
 
 from iqlite.base.shape import Shape
 from iqlite.errors import RecipeError
-from iqlite.machine.memory import Widths, Work, offloaded
+from iqlite.machine.memory import Widths, Work, layer_bytes, offloaded
 from iqlite.places import cache_folder
 from iqlite.recipe.schema import Recipe
 
@@ -36,7 +36,7 @@ TYPICAL_PROMPT = 128  # tokens, where the prompts aren't at hand to be looked at
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second while decoding; floating-point operations a second of readings and of updates. `source`: where from; `card`: whose."""
+    """Bytes a second while decoding; floating-point operations a second of readings and of updates. `source`: where from, `bus` apart; `card`: whose."""
 
     decode: float
     read: float
@@ -44,6 +44,7 @@ class Rates:
     source: str
     machine: str = ""
     card: str = ""
+    bus: float = TO_HOST  # bytes a second from where streamed layers wait: the computer's memory, or on a CPU a disk
 
     @classmethod
     def of_card(cls, name: str) -> Rates:
@@ -176,10 +177,7 @@ def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int, f
     weights, head = shape.linear_weights, shape.vocabulary * shape.hidden
     answers = work.prompts * work.new_tokens
     tokens = work.prompts * (prompt_tokens + work.new_tokens)
-    rows = widths.rows
-    if work.device != "cpu" and work.quantization != "none":
-        rows = fused.together(work.prompts, rows)
-    passes = work.new_tokens * -(-work.prompts // rows)
+    rows, passes = _decoded_at_once(work, widths, fused), decoding_passes(work, widths, fused)
     if work.device == "cpu":
         per_weight = 4.0 if widths.fold or work.quantization == "none" else 0.5 + 2 * 4
     elif work.quantization == "none":
@@ -196,10 +194,27 @@ def work_of_step(shape: Shape, work: Work, widths: Widths, prompt_tokens: int, f
 def seconds_of_step(shape: Shape, work: Work, widths: Widths, rates: Rates, prompt_tokens: int) -> float:
     """Seconds of one step: rollout, readings and update. Rows are reckoned for the longest prompts: shorter ones decode wider."""
     rows = max(widths.rows, widths.rows * work.longest // (prompt_tokens + work.new_tokens))
-    needed = work_of_step(shape, work, replace(widths, rows=rows), prompt_tokens, Fused.of_card(rates.card or rates.machine))
+    widths, fused = replace(widths, rows=rows), Fused.of_card(rates.card or rates.machine)
+    needed = work_of_step(shape, work, widths, prompt_tokens, fused)
     tokens = work.prompts * (prompt_tokens + work.new_tokens)
-    moved = 2 * offloaded(shape, work, tokens) / TO_HOST if work.offload else 0.0  # there and back
-    return needed["decode"] / rates.decode + needed["read"] / rates.read + needed["update"] / rates.update + moved
+    moved = 2 * offloaded(shape, work, tokens) / rates.bus if work.offload else 0.0  # there and back
+    a_pass = streamed_bytes(shape, work) / rates.bus  # while one layer computes, the next is on its way: what takes longer counts
+    decode = max(needed["decode"] / rates.decode, a_pass * decoding_passes(work, widths, fused))
+    return decode + max(needed["read"] / rates.read + needed["update"] / rates.update, 2 * a_pass) + moved
+
+
+def streamed_bytes(shape: Shape, work: Work) -> float:
+    """Bytes that one pass of the weights moves."""
+    return work.streamed * layer_bytes(shape, work)
+
+
+def decoding_passes(work: Work, widths: Widths, fused: Fused) -> int:
+    """Passes of the weights in one rollout: one for each position of each batch of answers, whatever its width."""
+    return work.new_tokens * -(-work.prompts // _decoded_at_once(work, widths, fused))
+
+
+def _decoded_at_once(work: Work, widths: Widths, fused: Fused) -> int:
+    return fused.together(work.prompts, widths.rows) if work.device != "cpu" and work.quantization != "none" else widths.rows
 
 
 def typical_prompt(recipe: Recipe, longest: int) -> int:

@@ -1,7 +1,7 @@
 """Forward passes: hidden states at the positions that predict a response, and prefixes that many rows share.
 
-It knows the decoder and nothing of roles: whose weights read now, and whether they move, a policy tells it. What loads layers one by one, or
-another backend, takes this class's place.
+It knows the decoder and nothing of roles: whose weights read now, and whether they move, a policy tells it. Another backend takes this class's
+place; where layers are streamed, `model.layerwise` sends many batches through them in one pass.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ from iqlite.base.anatomy import Anatomy, numbers
 from iqlite.model.keyvalues import Decoding, OwnCache, Prefix, Seen, before_rows, keeps_keys_only
 
 WINDOWS = ("sliding_window", "attention_chunk_size")  # transformers' names of how far back some layers look
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are read at once by `role`, "" for the policy in training, with a gradient; the rest is as `Forward.hidden_states` takes it."""
+
+    role: str
+    prompts: Sequence[Sequence[int]]
+    responses: Sequence[Sequence[int]]
+    width: int
+    shared: Sequence[Sequence[int]] = ()
 
 
 class Forward:
@@ -36,6 +48,7 @@ class Forward:
         self.decoder, self.config, self.layers = anatomy.decoder, anatomy.config, anatomy.layers
         self.device, self.reader, self.moving = device, reader, moving
         self.offload = False  # what autograd keeps of a read, the layers' inputs under checkpointing, waits in the computer's memory
+        self.recomputes = False  # layers keep their inputs only, and are computed again in the backward pass
         self.plain, self.steady = keeps_keys_only(anatomy.config), device.type == "cuda"
         self._prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = {}
         # Left padding between a shared prefix and a shorter row's tokens adds to the distance that a window of attention counts.
@@ -58,28 +71,42 @@ class Forward:
         once and not for every row. Sequences are padded on the right, where a causal model's real tokens can't see the padding.
         Rows shorter than `width` end in zeros.
         """
-        window = max(map(len, prompts)) + max(map(len, responses))
-        begun = self.begun(prompts, shared, longest=window)
+        begun = self.begun(prompts, shared, longest=max(map(len, prompts)) + max(map(len, responses)))
+        elsewhere = self.offload and torch.is_grad_enabled()
+        with save_on_cpu(pin_memory=self.device.type == "cuda") if elsewhere else nullcontext():
+            hidden_BLD = self.decoder(**self.inputs(prompts, responses, begun)).last_hidden_state
+        return self.predicting(hidden_BLD, prompts, responses, begun, width)
+
+    def inputs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], begun: Sequence[Prefix | None]
+    ) -> dict[str, Any]:
+        """What the decoder is called with for rows that start with `begun`."""
         # The last response token predicts nothing that is asked for.
         rows = [[*p, *r[:-1]][0 if start is None else len(start) :] for p, r, start in zip(prompts, responses, begun, strict=True)]
         longest = max(map(len, rows))
         ids_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        cache = before_rows(begun)
-        elsewhere = self.offload and torch.is_grad_enabled()
-        with save_on_cpu(pin_memory=self.device.type == "cuda") if elsewhere else nullcontext():
-            if cache is None:
-                hidden_BLD = self.decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
-            else:
-                done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
-                before = int(done_B.max())
-                real_BL = torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None]
-                hidden_BLD = self.decoder(
-                    input_ids=ids_BL,
-                    attention_mask=real_BL,
-                    position_ids=done_B[:, None] + torch.arange(longest, device=self.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
+        cache = before_rows(begun, len(self.layers))
+        if cache is None:
+            return {"input_ids": ids_BL, "use_cache": False}
+        done_B = torch.tensor([0 if start is None else len(start) for start in begun], device=self.device)
+        before = int(done_B.max())
+        return {
+            "input_ids": ids_BL,
+            "attention_mask": torch.arange(before + longest, device=self.device) >= (before - done_B)[:, None],
+            "position_ids": done_B[:, None] + torch.arange(longest, device=self.device),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def predicting(
+        self,
+        hidden_BLD: Tensor,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        begun: Sequence[Prefix | None],
+        width: int,
+    ) -> Tensor:
+        """The states [B, width, D] that predict the responses, out of those of all positions."""
         batch = []
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             start = begun[row]
@@ -90,22 +117,36 @@ class Forward:
 
     def prefix(self, ids: Sequence[int]) -> Prefix:
         """Keys and values of `ids` as the model reads them now; those of weights that don't move are kept for the whole run."""
-        key = (self.reader(), tuple(ids))
-        if key in self._prefixes:
-            return self._prefixes[key]
+        if (kept := self.kept(ids)) is not None:
+            return kept
         seen = Seen(len(self.layers))
         self.decoder(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=seen, use_cache=True)
         made = Prefix.of(ids, seen)
-        if not self.moving():
-            self._prefixes[key] = made
+        self.keep(made)
         return made
+
+    def kept(self, ids: Sequence[int]) -> Prefix | None:
+        """What the weights that read now made of `ids`, if it was kept."""
+        return self._prefixes.get((self.reader(), tuple(ids)))
+
+    def keep(self, made: Prefix) -> None:
+        """Keeps a prefix for the whole run, if the weights that read it don't move."""
+        if not self.moving():
+            self._prefixes[(self.reader(), made.ids)] = made
 
     def forget_prefixes(self) -> None:
         """Frees the prefixes kept so far, for who tries many descriptions; those still needed are read again."""
         self._prefixes.clear()
 
-    def begun(self, prompts: Sequence[Sequence[int]], shared: Sequence[Sequence[int]], *, longest: int) -> list[Prefix | None]:
-        """The prefix that each row starts with, where sharing one saves work and changes nothing."""
+    def begun(
+        self,
+        prompts: Sequence[Sequence[int]],
+        shared: Sequence[Sequence[int]],
+        *,
+        longest: int,
+        make: Callable[[tuple[int, ...]], Prefix] | None = None,
+    ) -> list[Prefix | None]:
+        """The prefix that each row starts with, where sharing one saves work and changes nothing; `make` reads it instead of `prefix`."""
         uses = Counter(tuple(start) for start in shared)
         moving = self.moving()
         made: dict[tuple[int, ...], Prefix] = {}
@@ -115,21 +156,29 @@ class Forward:
             starts = 0 < len(ids) < len(prompt) and tuple(prompt[: len(ids)]) == ids
             shares = self.plain and starts and longest <= self._window and (uses[ids] > 1 or not moving)
             if shares and ids not in made:
-                made[ids] = self.prefix(ids)
+                made[ids] = (make or self.prefix)(ids)
             begun.append(made[ids] if shares else None)
         return begun
 
+    def recompute_layers(self) -> None:
+        """Activation checkpointing: a layer's backward pass computes its activations again instead of keeping them.
 
-def recompute_layers(layers: Iterable[Any]) -> None:
-    """Activation checkpointing: a layer's backward pass computes its activations again instead of keeping them.
+        transformers' own drops the cache that shared prefixes need.
+        """
+        self.recomputes = True
+        for layer in self.layers:
+            layer.forward = functools.partial(self._recomputed, layer.forward)
 
-    transformers' own drops the cache that shared prefixes need.
-    """
-    for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block layers keep their activations: it is a backward pass of its own."""
+        was, self.recomputes = self.recomputes, False
+        try:
+            yield
+        finally:
+            self.recomputes = was
 
-
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    def _recomputed(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

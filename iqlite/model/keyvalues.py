@@ -21,8 +21,8 @@ class Prefix:
     """P tokens that rows begin with, and each layer's keys and values [1, heads, P, head size] for them."""
 
     ids: tuple[int, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: Sequence[Tensor]  # lists where layers are still to come
+    values: Sequence[Tensor]
 
     @classmethod
     def of(cls, ids: Sequence[int], seen: Seen) -> Prefix:
@@ -52,11 +52,10 @@ class _Seen(DynamicLayer):  # type: ignore[misc]
         return 0
 
 
-def before_rows(prefixes: Sequence[Prefix | None]) -> Cache | None:
+def before_rows(prefixes: Sequence[Prefix | None], layers: int) -> Cache | None:
     """A cache in which row b starts with `prefixes[b]`, shorter ones padded on the left; it keeps nothing of what it is shown."""
     if longest_of(prefixes) == 0:
         return None
-    layers = next(len(prefix.keys) for prefix in prefixes if prefix is not None)
     return Cache(layers=[_Before(prefixes, layer) for layer in range(layers)])
 
 

@@ -7,7 +7,8 @@ Outside such a block the model is the policy, in training mode, with gradients i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from iqlite.base.identity import check_adapter
 from iqlite.base.loading import Base
 from iqlite.base.names import hub_name
 from iqlite.errors import AdapterError, first_line
-from iqlite.model.forward import Forward, recompute_layers
+from iqlite.model.forward import Batch, Forward
 from iqlite.model.head import Head
 from iqlite.model.joined import joined
+from iqlite.model.layerwise import Layerwise, goes
 from iqlite.model.linear import folded as into_one
-from iqlite.model.linear import make_lean
+from iqlite.model.linear import is_adapted, make_lean
 from iqlite.model.proof import Bare, is_proved, prove, prove_training
 from iqlite.model.tuples import TupleForward
 
@@ -95,10 +97,14 @@ class Policy:
         self.forward = forward(anatomy, base.device, lambda: self._role or "", lambda: self._role in MOVING)
         if not base.fused:
             make_lean(self.model)
-            if checkpointing:
-                recompute_layers(anatomy.layers)
+            if checkpointing or base.streamed:  # what is kept of a streamed layer is gone with it
+                self.forward.recompute_layers()
                 self.forward.offload = offload
         self.model.train()
+        self._adapted: list[list[Any]] = [[module for module in layer.modules() if is_adapted(module)] for layer in anatomy.layers]
+        if base.streamed:  # a recording would replay the copies of one token
+            self.forward.steady = False
+        self.layerwise = Layerwise(self.forward, self._turn, self._preparing) if base.streamed and goes(self.forward) else None
         self.notes: tuple[str, ...] = ()
         if bare is not None:
             with self.acting_as("reference"):
@@ -154,6 +160,44 @@ class Policy:
 
     def _joined(self) -> AbstractContextManager[None]:
         return joined(self.model, self.forward.decoder, self.base.compute_dtype)
+
+    def read(self, batches: Sequence[Batch], ahead: Sequence[Batch] = ()) -> Iterator[Tensor]:
+        """Each batch's hidden states [b, width, D] by its role, in order: without a gradient, or of the policy in training ("").
+
+        A loss of states in training is to be backpropagated before the next are asked for, and the last before the end: where layers are
+        streamed, all batches share one pass of the weights, and their backward pass comes last. `ahead` is what will be read next in training.
+        """
+        if self.layerwise is not None:
+            yield from self.layerwise.read(batches, ahead)
+            return
+        for role, some in itertools.groupby(batches, key=lambda batch: batch.role):
+            with self.acting_as(role) if role else nullcontext():
+                for batch in some:
+                    yield self.forward.hidden_states(batch.prompts, batch.responses, batch.width, batch.shared)
+
+    @contextmanager
+    def _turn(self, role: str, layer: int) -> Iterator[None]:
+        """`role` in one layer only, for passes that go layer by layer; restored on exit."""
+        names = [role] if role not in ("", "policy", "reference") else [TRAINED]
+        for module in self._adapted[layer]:
+            module._active_adapter, module._disable_adapters = names, role == "reference"
+        try:
+            with self._preparing(role):
+                yield
+        finally:
+            for module in self._adapted[layer]:
+                module._active_adapter, module._disable_adapters = [TRAINED], False
+
+    @contextmanager
+    def _preparing(self, role: str) -> Iterator[None]:
+        """`role` for all that isn't a layer."""
+        assert self._role is None, f"already acting as {self._role}: role blocks don't nest"
+        self._role = role or None
+        try:
+            with torch.set_grad_enabled(role == ""):
+                yield
+        finally:
+            self._role = None
 
     def scale_adapter(self, factor: float) -> None:
         """Multiplies the trained adapter's part by `factor` from now on: 1 is as trained, 0 the bare base."""

@@ -21,7 +21,7 @@ class Grown:
     """Keys and values of B rows being decoded, as the last read returned them: what they start with, and all that was read since."""
 
     def __init__(self, layers: int, prefixes: Sequence[Prefix | None]):
-        before: Cache | None = before_rows(prefixes)
+        before: Cache | None = before_rows(prefixes, layers)
         self.layers = (Seen(layers) if before is None else before).layers
 
     def keep(self, rows: Tensor) -> None:
@@ -41,9 +41,16 @@ class TupleForward(Forward):
         """What keeps the rows being decoded."""
         return Grown(len(self.layers), begun)
 
-    def begun(self, prompts: Sequence[Sequence[int]], shared: Sequence[Sequence[int]], *, longest: int) -> list[Prefix | None]:
+    def begun(
+        self,
+        prompts: Sequence[Sequence[int]],
+        shared: Sequence[Sequence[int]],
+        *,
+        longest: int,
+        make: Callable[[tuple[int, ...]], Prefix] | None = None,
+    ) -> list[Prefix | None]:
         """As `Forward.begun`; none in training."""
-        return [None] * len(prompts) if torch.is_grad_enabled() else super().begun(prompts, shared, longest=longest)
+        return [None] * len(prompts) if torch.is_grad_enabled() else super().begun(prompts, shared, longest=longest, make=make)
 
     def _read(self, *, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **given: Any) -> Any:
         layers = [] if past_key_values is None else past_key_values.layers

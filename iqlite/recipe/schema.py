@@ -45,6 +45,11 @@ class Model(Table):
         "auto", description="Whether the model thinks before it answers; auto: not, where its chat template leaves the choice."
     )
     embeddings: Literal["card", "host"] = Field("card", description="Where the embedding table is; host spares the card an untied one.")
+    offload: Literal["none", "layers", "auto"] = Field(
+        "none",
+        description="Where the base's layers are: none, all of them on the card; layers, in the computer's memory (on a CPU in a mapped file), from "
+        "where each comes by when it is read; auto, as many on the card as fit. Changes no result.",
+    )
     backend: Literal["auto", "plain", "unsloth"] = Field(
         "auto",
         description="Whose code trains: transformers and PEFT with iqlite's own layers (plain), or unsloth's, which has to be installed; auto is "
@@ -260,6 +265,8 @@ class Recipe(Table):
             raise ValueError("train.steps and train.epochs are both given; keep one of them")
         behavior, estimator = self.behavior, self.superior.estimator
         asks_for = readings_of(estimator)
+        if self.model.offload != "none" and self.model.backend == "unsloth":
+            raise ValueError('model.offload needs iqlite\'s own layers; set model.backend = "plain", or model.offload = "none"')
         if "wanted" in asks_for and behavior.wanted is None:
             raise ValueError(
                 f'behavior.wanted is missing; the estimator "{estimator}" needs a sentence that describes the wanted behaviour'

@@ -20,7 +20,7 @@ from iqlite.training.order import prompts_and_contrary
 from iqlite.training.readings import read
 from iqlite.training.rollout import part_of
 from iqlite.training.session import Session
-from iqlite.training.update import update
+from iqlite.training.update import training_batches, update
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def train(session: Session, run: RunDir, report: Reporter, interrupted: Callable
 
         # 3. read them under the reference, wanted and unwanted descriptions: what π̃ is made from. With several processes, each its part
         mine = part_of(session.ranks, rollout)
-        scores = read(policy, session.chat, mine, session.readings, session.sizes)
+        scores = read(policy, session.chat, mine, session.readings, session.sizes, training_batches(session, mine))
         clock.lap("read")
 
         # 4. token rewards; 5. update the adapter by the objective

@@ -18,7 +18,7 @@ from iqlite.base.shape import Shape
 from iqlite.device import here, is_card
 from iqlite.device import name_of as name_of_device
 from iqlite.errors import BaseError, PromptsError, RecipeError
-from iqlite.machine.fit import CAPS, choose, given_widths, refusal
+from iqlite.machine.fit import CAPS, choose, given_widths, refusal, streaming
 from iqlite.machine.here import unused_card, usable_memory
 from iqlite.machine.memory import Work
 from iqlite.machine.ranks import ALONE, Ranks
@@ -80,10 +80,12 @@ def open_session(
         say(why)
     free = usable_memory(device)
 
+    def work_of(shape: Shape) -> Work:
+        return streaming(recipe, shape, Work.of(recipe, shape, device.type).of_one_among(ranks.size), free)
+
     def check(config: Mapping[str, Any]) -> None:
         shape = Shape.of(config, recipe.model.base)
-        work = Work.of(recipe, shape, device.type).of_one_among(ranks.size)
-        if must_fit and (why_not := refusal(recipe, shape, work, free)):
+        if must_fit and (why_not := refusal(recipe, shape, work_of(shape), free)):
             raise BaseError(why_not)
 
     model = recipe.model
@@ -98,6 +100,7 @@ def open_session(
         beside=recipe.folder,
         embeddings=model.embeddings,
         backend=backend,
+        offload=lambda config: work_of(Shape.of(config, recipe.model.base)).streamed,
         check=check,
     )
     chat = Chat(base.tokenizer, base.model.generation_config.eos_token_id, recipe.model.thinking)
@@ -132,7 +135,7 @@ def open_session(
     contrary_eval = contrary_eval and chat.shorten(contrary_eval, room, name_of(recipe.prompts.contrary or ""), key + "contrary")
     notes += [note for prompts in (train, held_out, outside, contrary) if prompts for note in prompts.notes]
     shape = Shape.of(base.model.config.to_dict(), base.name)
-    sizes = sizes_for(recipe, shape, Work.of(recipe, shape, device.type).of_one_among(ranks.size), free, say)
+    sizes = sizes_for(recipe, shape, work_of(shape), free, say)
     sizes.agree(ranks)
     placement = placement or recipe.behavior.placement
     session = Session(recipe, policy, chat, train, held_out, outside, placement, (), sizes, contrary, contrary_eval, ranks)
@@ -185,7 +188,7 @@ def environment(session: Session) -> dict[str, Any]:
 def _policy(recipe: Recipe, base: Base, start: Path | None) -> Policy:
     """The base with the trained adapter and what the estimator reads beside it."""
     train, superior = recipe.train, recipe.superior
-    offload = train.checkpointing == "offload"
+    offload = train.checkpointing == "offload" or (base.streamed is not None and is_card(base.device))
     checkpointing = offload or train.checkpointing == "on" or (train.checkpointing == "auto" and is_card(base.device))
     if start is None and recipe.adapter.start is not None:
         start = path_of(recipe.adapter.start, recipe.folder)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from iqlite.machine.sizes import Sizes
+from iqlite.model.forward import Batch
 from iqlite.model.policy import Policy
 from iqlite.model.template import Chat, Description
 from iqlite.recipe.schema import Demonstration, Recipe, readings_of
@@ -29,38 +30,47 @@ class Reading:
     description: Description | None = None
 
 
-def read(policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Reading], sizes: Sizes) -> SuperiorScores:
+def read(
+    policy: Policy, chat: Chat, rollout: Rollout, readings: Sequence[Reading], sizes: Sizes, ahead: Sequence[Batch] = ()
+) -> SuperiorScores:
     """Each reading's hidden states [B, T, D] at the response's positions. Step 3 of docs/method.md.
 
     Readings by the same weights share forwards of at most `sizes.read_tokens` tokens, longest rows first: each layer is dequantised once for all.
     A contrary row is read plain only, and its states stand for all readings that π̃ is made of: Δ = 0, so that by (3) its target is π_ref to the bit.
+    `ahead` is what the update will read next (see `Policy.read`).
     """
     width = rollout.tokens_BT.shape[1]
     responses = [rollout.response_ids(row) for row in range(len(rollout.index))]
     hidden: dict[str, torch.Tensor] = {}
-    for role in dict.fromkeys(reading.role for reading in readings):
-        jobs = [
-            (reading.name, row, chat.ids(request, reading.description), chat.shared(reading.description))
-            for reading in readings
-            if reading.role == role
-            for row, request in enumerate(rollout.requests)
-            if reading.name in PLAIN or not rollout.is_contrary(row)
-        ]
-        if not jobs:  # all rows are contrary
-            continue
-        lengths = [len(prompt) + len(responses[row]) - len(start) for _, row, prompt, start in jobs]
-        with policy.acting_as(role):
-            left = list(range(len(jobs)))
-            while left:
-                for attempt in sizes.attempts("read_tokens"):
-                    part = [left[i] for i in batches([lengths[i] for i in left], sizes.read_tokens)[0]]
-                    names, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
-                    with attempt.of(len(part), lengths[part[0]]):
-                        states = policy.forward.hidden_states(prompts, [responses[row] for row in rows], width, shared).to("cpu")
-                for name, row, state_TD in zip(names, rows, states, strict=True):  # host memory is the cheaper place to wait
-                    hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
-                done = set(part)
-                left = [i for i in left if i not in done]
+    jobs = [
+        (reading.role, reading.name, row, chat.ids(request, reading.description), chat.shared(reading.description))
+        for role in dict.fromkeys(reading.role for reading in readings)
+        for reading in readings
+        if reading.role == role
+        for row, request in enumerate(rollout.requests)
+        if reading.name in PLAIN or not rollout.is_contrary(row)
+    ]
+    lengths = [len(prompt) + len(responses[row]) - len(start) for _, _, row, prompt, start in jobs]
+    left = list(range(len(jobs)))
+    while left:
+        for attempt in sizes.attempts("read_tokens"):
+            parts = [
+                [of_role[i] for i in part]
+                for role in dict.fromkeys(jobs[i][0] for i in left)
+                if (of_role := [i for i in left if jobs[i][0] == role])
+                for part in batches([lengths[i] for i in of_role], sizes.read_tokens)
+            ]
+            asked = []
+            for part in parts:
+                roles, _, rows, prompts, shared = zip(*(jobs[i] for i in part), strict=True)
+                asked.append(Batch(roles[0], prompts, [responses[row] for row in rows], width, shared))
+            widest = max(parts, key=len)
+            with attempt.of(len(widest), lengths[widest[0]]):
+                for part, states in zip(parts, policy.read(asked, ahead), strict=True):
+                    for i, state_TD in zip(part, states.to("cpu"), strict=True):  # host memory is the cheaper place to wait
+                        _, name, row, _, _ = jobs[i]
+                        hidden.setdefault(name, torch.zeros(len(responses), *state_TD.shape, dtype=state_TD.dtype))[row] = state_TD
+                    left = [i for i in left if i not in part]
     for name in (reading.name for reading in readings if reading.name not in PLAIN and rollout.contrary):
         at = len(responses) - rollout.contrary
         hidden.setdefault(name, torch.zeros_like(hidden["reference"]))[at:] = hidden["reference"][at:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +13,13 @@ import torch
 
 from iqlite.base.names import shape_of
 from iqlite.base.shape import Shape
-from iqlite.device import is_card, name_of
+from iqlite.device import is_card, name_of, pinned, synchronize
 from iqlite.machine.clock import Clock
-from iqlite.machine.fit import choose, given_widths
+from iqlite.machine.fit import choose, given_widths, streaming
 from iqlite.machine.here import usable_memory
 from iqlite.machine.memory import Widths, Work
 from iqlite.machine.timing import Rates, seconds_of_step, steps_of, typical_prompt, work_of_step
-from iqlite.places import shipped_recipes
+from iqlite.places import cache_folder, shipped_recipes
 from iqlite.recipe.reading import load_recipe
 from iqlite.records import Rollout
 from iqlite.training.optimizer import make_optimizer
@@ -28,6 +30,7 @@ from iqlite.training.update import update
 
 PHASES = ("rollout", "read", "update")
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**30}
+BUS_BYTES = 2**28
 RATE = 1e-6  # of the updates; their cost is what counts
 
 
@@ -77,7 +80,34 @@ def rates_of(session: Session, timed: dict[str, float]) -> Rates:
         needed["update"] / timed["update"],
         "iqlite bench",
         machine_name(session.policy.device),
+        bus=bus_rate(session.policy.device),
     )
+
+
+def bus_rate(device: torch.device) -> float:
+    """Bytes a second to a card out of the computer's memory, or on a CPU out of a file that memory doesn't hold."""
+    if is_card(device):
+        source, target = pinned(BUS_BYTES, device), torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
+        target.copy_(source, non_blocking=True)
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        synchronize(device)
+        return BUS_BYTES / (time.perf_counter() - start)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache_folder()) as file:
+        block = bytes(2**20)
+        for _ in range(BUS_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # else the figure is of a file that memory holds
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start = time.perf_counter()
+        while file.read(len(block)):
+            pass
+        return BUS_BYTES / (time.perf_counter() - start)
 
 
 def machine_name(device: torch.device) -> str:
@@ -90,7 +120,7 @@ def recipes_at(device: torch.device, rates: Rates) -> list[dict[str, Any]]:
     for path in sorted(shipped_recipes().glob("*.toml")):
         recipe = load_recipe(path)
         shape = shape_of(recipe.model.base, recipe.folder, recipe.model.revision)
-        work = Work.of(recipe, shape, device.type)
+        work = streaming(recipe, shape, Work.of(recipe, shape, device.type), usable_memory(device))
         widths = choose(shape, work, usable_memory(device), given_widths(recipe)).widths
         seconds = seconds_of_step(shape, work, widths, rates, typical_prompt(recipe, work.prompt_tokens))
         steps = steps_of(recipe)

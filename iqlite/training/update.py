@@ -9,6 +9,7 @@ import torch
 
 from iqlite.method.loss import TokenStatistics, chunked_loss, chunked_statistics
 from iqlite.method.objectives import advantages
+from iqlite.model.forward import Batch
 from iqlite.records import Rollout, SuperiorScores
 from iqlite.training.optimizer import apply_update
 from iqlite.training.readings import batches as in_batches
@@ -35,8 +36,10 @@ def update(session: Session, optimizer: Any, rollout: Rollout, scores: SuperiorS
             batches = micro_batches(session, rollout)
             widest = max(batches, key=len, default=[])  # none where nothing of this process's part is learned
             with attempt.of(len(widest), row_tokens(session, rollout, widest[0]) if widest else 0):
+                states = policy.read(policy_batches(session, rollout, batches))
                 for rows in batches:
-                    parts.append(backward(session, rollout, scores, rows, total_tokens, old_logp_BT, advantage_BT))
+                    parts.append(backward(session, rollout, scores, rows, next(states), total_tokens, old_logp_BT, advantage_BT))
+                next(states, None)  # where layers are streamed, all batches' backward pass comes last
         first = first or (TokenStatistics.join(parts), [row for rows in batches for row in rows])
         ranks.add_gradients(policy.parameters.values())
         norm = apply_update(policy, optimizer, rate, recipe.train.max_grad_norm)
@@ -61,18 +64,19 @@ def backward(
     rollout: Rollout,
     scores: SuperiorScores,
     rows: list[int],
+    states_bTD: torch.Tensor,
     total_tokens: int,
     old_logp_BT: torch.Tensor | None,
     advantage_BT: torch.Tensor | None,
 ) -> TokenStatistics:
-    """Adds some rows' part of the gradient. A function of its own: after an out-of-memory nothing of its graph stays alive."""
+    """Adds some rows' part of the gradient through the policy's states. A function of its own: after an out-of-memory nothing of its graph stays alive."""
     policy, mask_bT = session.policy, rollout.learned_BT[rows]
     contrary_n = None
     if rollout.contrary:
         contrary_n = torch.tensor([rollout.is_contrary(row) for row in rows])[:, None].expand_as(mask_bT)[mask_bT]
     loss, statistics = chunked_loss(
         policy.head,
-        policy_states(session, rollout, rows)[mask_bT.to(policy.device)],
+        states_bTD[mask_bT.to(policy.device)],
         rollout.tokens_BT[rows][mask_bT],
         {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()},
         session.scoring,
@@ -90,12 +94,26 @@ def backward(
     return statistics
 
 
-def policy_states(session: Session, rollout: Rollout, rows: list[int]) -> torch.Tensor:
-    """The policy's hidden states [b, T, D] at the response's positions of some rows; with a gradient outside role blocks."""
+def policy_batches(session: Session, rollout: Rollout, batches: list[list[int]], role: str = "") -> list[Batch]:
+    """Rows of a rollout as the policy reads them, plain; with a gradient if `role` is ""."""
     start = session.chat.shared()
-    return session.policy.forward.hidden_states(
-        [rollout.prompt_ids[r] for r in rows], [rollout.response_ids(r) for r in rows], rollout.mask_BT.shape[1], [start] * len(rows)
-    )
+    return [
+        Batch(
+            role,
+            [rollout.prompt_ids[r] for r in rows],
+            [rollout.response_ids(r) for r in rows],
+            rollout.mask_BT.shape[1],
+            [start] * len(rows),
+        )
+        for rows in batches
+    ]
+
+
+def training_batches(session: Session, rollout: Rollout) -> list[Batch]:
+    """What the next update on a rollout reads first."""
+    if "gamma" in session.recipe.objective.settings():  # the policy is read without a gradient before
+        return []
+    return policy_batches(session, rollout, micro_batches(session, rollout))
 
 
 def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScores) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -107,10 +125,9 @@ def rollout_advantages(session: Session, rollout: Rollout, scores: SuperiorScore
     if "gamma" not in settings:
         return None, None
     logp_BT, reward_BT = torch.zeros(rollout.mask_BT.shape), torch.zeros(rollout.mask_BT.shape)
-    for rows in micro_batches(session, rollout):
+    batches = micro_batches(session, rollout)
+    for rows, hidden_bTD in zip(batches, policy.read(policy_batches(session, rollout, batches, "policy")), strict=True):
         mask_bT = rollout.mask_BT[rows]
-        with policy.acting_as("policy"):
-            hidden_bTD = policy_states(session, rollout, rows)
         hidden = {name: states_BTD[rows][mask_bT] for name, states_BTD in scores.hidden.items()}
         values = chunked_statistics(
             policy.head, hidden_bTD[mask_bT.to(policy.device)], rollout.tokens_BT[rows][mask_bT], hidden, session.scoring,

@@ -1,6 +1,7 @@
 """A base of any size with random weights, in 4 bits, built layer by layer: never a float copy of the whole.
 
-Each distinct linear map is drawn and quantised once; its layers get copies of the packed numbers, which take their own memory.
+Each distinct linear map is drawn and quantised once; its layers get copies of the packed numbers, which take their own memory (none if
+`shared`: for who copies them elsewhere).
 The tokenizer is the embedded model's, whose ids are below every vocabulary here.
 """
 
@@ -25,10 +26,10 @@ from iqlite.device import here
 STD = 0.02
 
 
-def random_base(config: Mapping[str, Any], seed: int = 0, *, tokenizer: bool = True) -> Base:
+def random_base(config: Mapping[str, Any], seed: int = 0, *, tokenizer: bool = True, shared: bool = False) -> Base:
     """The architecture of a config.json with normal weights, NF4 with double quantisation, where and as a real base is loaded.
 
-    `tokenizer` False: without one, for a machine that hasn't the embedded model.
+    `tokenizer` False: without one, for a machine that hasn't the embedded model. `shared`: maps of one shape share their weights.
     """
     device, dtype = here()
     options = dict(config)
@@ -41,7 +42,7 @@ def random_base(config: Mapping[str, Any], seed: int = 0, *, tokenizer: bool = T
         for parent in layer.modules():
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, _quantised(child, made, device, dtype))
+                    setattr(parent, name, _quantised(child, made, device, dtype, shared))
     _fill(model, device, dtype)
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
@@ -54,7 +55,9 @@ def random_base(config: Mapping[str, Any], seed: int = 0, *, tokenizer: bool = T
     return Base(name, model, words, dtype, "nf4", Identity(name, settings.model_type, 0, 0, 0, ()))
 
 
-def _quantised(linear: nn.Linear, made: dict[tuple[int, int], Params4bit], device: torch.device, dtype: torch.dtype) -> Linear4bit:
+def _quantised(
+    linear: nn.Linear, made: dict[tuple[int, int], Params4bit], device: torch.device, dtype: torch.dtype, shared: bool
+) -> Linear4bit:
     shape = (linear.out_features, linear.in_features)
     layer = Linear4bit(
         *shape[::-1], bias=linear.bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
@@ -63,6 +66,11 @@ def _quantised(linear: nn.Linear, made: dict[tuple[int, int], Params4bit], devic
         weight = torch.empty(shape, dtype=dtype).normal_(std=STD)
         made[shape] = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
         layer.weight = made[shape]
+    elif shared:
+        first = made[shape]
+        own = copy.copy(first.quant_state)
+        own.state2 = copy.copy(own.state2)
+        layer.weight = Params4bit(first.data, requires_grad=False, **{**vars(first), "quant_state": own, "module": layer})
     else:
         first = made[shape]
         layer.weight = Params4bit.from_prequantized(

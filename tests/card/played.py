@@ -149,6 +149,7 @@ class PlayedCard(TorchDispatchMode):
         self.memory = Allocator(self.total - CONTEXT, expandable)
         self.counts = Counts()
         self.patient = True  # False: a wait of the host is an error
+        self.side: list[Any] | None = None  # copies of the stream that is entered, beside the one that computes
         self.paged = 0  # bytes of bitsandbytes' paged tensors, which lie on the host
         self._storages: dict[int, tuple[Any, Any]] = {}
 
@@ -238,7 +239,7 @@ class PlayedCard(TorchDispatchMode):
         if func is aten._to_copy.default:
             return self._moved(args[0], kwargs)
         if func is aten.copy_.default:
-            return self._copied(args[0], args[1])
+            return self._copied(args[0], args[1], waits=not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])))
         if func is aten._local_scalar_dense.default:
             self.wait("item")
             found = args[0].inner
@@ -313,19 +314,23 @@ class PlayedCard(TorchDispatchMode):
             inner = shape_of(inner)
         return self.own(inner)
 
-    def _copied(self, target: Tensor, source: Tensor) -> Tensor:
+    def _copied(self, target: Tensor, source: Tensor, *, waits: bool = True) -> Tensor:
+        if self.side is not None and not waits:
+            self.side.append(functools.partial(self._copied, target, source, waits=False))
+            return target
         if isinstance(target, Card) and isinstance(source, Card):
             self.kernel("copy_", 1, source.inner, target.inner)
             if target.inner.is_meta or not source.inner.is_meta:
                 target.inner.copy_(shape_of(source.inner) if target.inner.is_meta else source.inner)
         elif isinstance(target, Card):
-            if source.dim():
+            if source.dim() and waits:
                 self.wait(f"upload [{_size(source)}]")
             if not target.inner.is_meta:
                 target.inner.copy_(source)
         else:
             assert isinstance(source, Card)
-            self.wait(f"to the host [{_size(source)}]")
+            if waits:
+                self.wait(f"to the host [{_size(source)}]")
             target.copy_(known(source))
         return target
 

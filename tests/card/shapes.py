@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto import CONFIG_MAPPING
 
+import iqlite.base.streaming as streaming_module
 from iqlite.base.identity import Identity
 from iqlite.base.loading import Base, embed_on_host, train_on_any_cpu
 from iqlite.base.shape import Shape, known
-from iqlite.machine.fit import choose, given_widths
+from iqlite.base.streaming import evenly, stream
+from iqlite.machine.fit import choose, given_widths, streaming
 from iqlite.machine.memory import GIB, PHASES, Plan, Widths, Work, estimate
 from iqlite.machine.sizes import Sizes
 from iqlite.model import decoding, steady
@@ -32,9 +34,9 @@ from iqlite.records import Messages, Prompts, Rollout, SuperiorScores
 from iqlite.training.optimizer import make_optimizer
 from iqlite.training.readings import read
 from iqlite.training.session import Session
-from iqlite.training.update import update
+from iqlite.training.update import training_batches, update
 from tests.card.driver import played
-from tests.card.played import Card, Counts, PlayedCard, blank
+from tests.card.played import Card, Counts, PlayedCard, blank, playing
 
 FREE = 0.95  # of a card's size, as `iqlite plan` takes it
 STOP, TOKEN = 2, 7
@@ -86,16 +88,17 @@ def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: i
     name = base or recipe.model.base
     config = dict(known()[name])
     shape = Shape.of(config, name)
-    work, free = Work.of(recipe, shape, "cuda"), FREE * gb * GIB
+    free = FREE * gb * GIB
+    work = streaming(recipe, shape, Work.of(recipe, shape, "cuda"), free)
     plan = choose(shape, work, free, given_widths(recipe))
     if layers:
         config |= {"num_hidden_layers": layers} | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})
-        shape = Shape.of(config, name)
+        shape, work = Shape.of(config, name), work.streaming(min(work.streamed, layers))
         plan = estimate(shape, work, plan.widths)
         free = plan.peak
     said: list[str] = []
     with played(card, 400 if roomy else free / GIB, numbers=False, expandable=expandable) as there, answers_of(DECODED):
-        base = base_of(there, config, torch.bfloat16 if there.model.capability >= (8, 0) else torch.float16)
+        base = base_of(there, config, torch.bfloat16 if there.model.capability >= (8, 0) else torch.float16, streamed=work.streamed)
         session, full_length = session_of(base, recipe, work, plan.widths, said.append)
         peaks = list(steps_of(there, session, full_length, plan, work, evaluates))
         return Played(plan, tuple(peaks), tuple(said), there.memory.full, there.memory.retries, there.paged)
@@ -118,7 +121,8 @@ def steps_of(card: Any, session: Session, full_length: Callable[[list[Messages]]
     answer = partial(session.answers, "policy", requests[: rows["rollout"]], session.sampler("train"))
     yield _measured(card, "rollout", planned, answer)
     part = _first(rollout, rows["reading"])
-    yield _measured(card, "reading", planned, partial(read, session.policy, session.chat, part, session.readings, sizes))
+    ahead = training_batches(session, part) if work.streamed else ()
+    yield _measured(card, "reading", planned, partial(read, session.policy, session.chat, part, session.readings, sizes, ahead))
     hidden = {name: states_BTD.expand(rows["update"], -1, -1) for name, states_BTD in scores.hidden.items()}
     part, given = _first(rollout, rows["update"]), SuperiorScores(hidden)
     yield _measured(card, "update", planned, partial(update, session, optimizer, part, given, 1e-4))
@@ -205,21 +209,23 @@ class Words:
         return [*self.shared(description), *[10 + int(request[-1]["content"]) % 7] * (self.prompt_tokens - HEAD)]
 
 
-def base_of(card: PlayedCard, config: dict[str, Any], dtype: torch.dtype) -> Base:
-    """A base of a configuration on the card, in 4 bits, shapes only."""
+def base_of(card: PlayedCard, config: dict[str, Any], dtype: torch.dtype, *, streamed: int = 0) -> Base:
+    """A base of a configuration on the card, in 4 bits, shapes only; `streamed` of its layers wait in the computer's memory, in one buffer for all."""
     options = dict(config)
     settings = CONFIG_MAPPING[options.pop("model_type")](**{k: v for k, v in options.items() if k != "counted"})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     decoder = model.get_decoder()
+    outside = evenly(decoder.layers, streamed)
     for layer in decoder.layers:
+        empty = _untouched if any(layer is one for one in outside) else partial(_empty, card)
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
-                    setattr(parent, name, _quantised(card, child, dtype))
+                    setattr(parent, name, _quantised(empty, child, dtype))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not isinstance(parameter, Card):
+            if parameter.device.type == "meta":
                 setattr(module, name, nn.Parameter(_empty(card, *parameter.shape, dtype=dtype), requires_grad=False))
     decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(card.device)
     for module in model.modules():
@@ -231,14 +237,27 @@ def base_of(card: PlayedCard, config: dict[str, Any], dtype: torch.dtype) -> Bas
     model.requires_grad_(False)
     model.is_loaded_in_4bit = model.is_quantized = True
     train_on_any_cpu(model)
-    return Base("played", model, None, dtype, "nf4", Identity("played", settings.model_type, 0, 0, 0, ()))
+    base = Base("played", model, None, dtype, "nf4", Identity("played", settings.model_type, 0, 0, 0, ()))
+    if not streamed:
+        return base
+    buffers: dict[int, Tensor] = {}
+    real, streaming_module.pinned = streaming_module.pinned, lambda size, _: buffers.setdefault(size, torch.empty(size, dtype=torch.uint8))
+    try:
+        return replace(base, streamed=stream(model, decoder.layers, streamed, card.device, Path()))
+    finally:
+        streaming_module.pinned = real
+
+
+def _untouched(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Of the computer's memory, but nothing is ever written there."""
+    return torch.empty(shape, dtype=dtype)
 
 
 def _empty(card: PlayedCard, *shape: int, dtype: torch.dtype) -> Card:
     return card.own(blank(shape, dtype))
 
 
-def _quantised(card: PlayedCard, linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def _quantised(empty: Callable[..., Tensor], linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     out, inside = linear.out_features, linear.in_features
     with torch.device("meta"):
         layer = bnb.nn.Linear4bit(
@@ -246,18 +265,18 @@ def _quantised(card: PlayedCard, linear: nn.Linear, dtype: torch.dtype) -> nn.Mo
         )
     blocks = out * inside // 64
     state = QuantState(
-        absmax=_empty(card, blocks, dtype=torch.uint8), shape=torch.Size((out, inside)), code=_empty(card, 16, dtype=torch.float32), blocksize=64,
-        quant_type="nf4", dtype=dtype, offset=card.own(torch.zeros(())),
+        absmax=empty(blocks, dtype=torch.uint8), shape=torch.Size((out, inside)), code=empty(16, dtype=torch.float32), blocksize=64,
+        quant_type="nf4", dtype=dtype, offset=playing().own(torch.zeros(())),
         state2=QuantState(
-            absmax=_empty(card, -(-blocks // 256), dtype=torch.float32), code=_empty(card, 256, dtype=torch.float32), blocksize=256, dtype=torch.float32
+            absmax=empty(-(-blocks // 256), dtype=torch.float32), code=empty(256, dtype=torch.float32), blocksize=256, dtype=torch.float32
         ),
     )  # fmt: skip
     layer.weight = bnb.nn.Params4bit(
-        _empty(card, out * inside // 2, 1, dtype=torch.uint8), quant_type="nf4", compress_statistics=True, blocksize=64, quant_state=state,
+        empty(out * inside // 2, 1, dtype=torch.uint8), quant_type="nf4", compress_statistics=True, blocksize=64, quant_state=state,
         bnb_quantized=True, module=layer,
     )  # fmt: skip
     layer.quant_state = state
     if layer.bias is not None:
-        layer.bias = nn.Parameter(_empty(card, out, dtype=dtype), requires_grad=False)
+        layer.bias = nn.Parameter(empty(out, dtype=dtype), requires_grad=False)
     made: nn.Module = layer
     return made
