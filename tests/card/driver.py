@@ -117,38 +117,9 @@ def _functions(card: PlayedCard) -> dict[str, Any]:
         "get_per_process_memory_fraction": first(lambda: card.fraction), "manual_seed_all": first(lambda: None), "manual_seed": first(lambda: None),
         "get_rng_state": first(lambda: torch.zeros(16, dtype=torch.uint8)), "set_rng_state": first(lambda: None),
         "get_rng_state_all": first(lambda: [torch.zeros(16, dtype=torch.uint8)]), "set_rng_state_all": first(lambda: None),
-        "current_stream": first(lambda: types.SimpleNamespace(synchronize=lambda: card.wait("stream"), wait_event=lambda event: event(), cuda_stream=0)),
-        "Stream": first(lambda: SideStream(card)), "stream": lambda side: side,
         "cudart": first(lambda: types.SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)),
         "set_device": first(lambda: None), "ipc_collect": first(lambda: None),
     }  # fmt: skip
-
-
-class SideStream:
-    """A stream beside the one that computes. What it copies to the card is there as late as may be: when somebody has waited for it."""
-
-    def __init__(self, card: PlayedCard):
-        self.card, self.left = card, list[Callable[[], Any]]()
-
-    def __enter__(self) -> None:
-        self.card.side = self.left
-
-    def __exit__(self, *_: Any) -> None:
-        self.card.side = None
-
-    def wait_stream(self, _: Any) -> None:
-        """What computes is done at once."""
-
-    def record_event(self) -> Callable[[], None]:
-        """What was asked of the stream so far, once it's waited for."""
-        until = len(self.left)
-
-        def done() -> None:
-            for at, job in enumerate(self.left[:until]):
-                job()
-                self.left[at] = lambda: None
-
-        return done
 
 
 def _with_a_number(to: Any) -> Any:

@@ -13,15 +13,29 @@ REPLAY = "replay of a graph"
 
 
 class Stream:
-    """One of several, all of which the played card works off as they come."""
+    """One of several. The played card works off all of them as they come, but for copies to it: these are there as late as may be, once waited for."""
 
     cuda_stream = 0
 
     def __init__(self, *_: Any):
-        pass
+        self.copies: list[Callable[[], Any]] = []
+
+    def record_event(self) -> Callable[[], None]:
+        """What was asked of the stream so far, once it's waited for."""
+        until = len(self.copies)
+
+        def done() -> None:
+            for at, job in enumerate(self.copies[:until]):
+                job()
+                self.copies[at] = lambda: None
+
+        return done
+
+    def wait_event(self, event: Callable[[], None]) -> None:
+        event()
 
     def wait_stream(self, other: Stream) -> None:
-        pass
+        other.record_event()()
 
     def synchronize(self) -> None:
         playing().wait("stream")
@@ -60,8 +74,13 @@ def graph(cuda_graph: CUDAGraph, **_: Any) -> Iterator[None]:
 
 
 @contextmanager
-def stream(_: Any) -> Iterator[None]:
-    yield
+def stream(entered: Stream) -> Iterator[None]:
+    card = playing()
+    card.side = entered.copies
+    try:
+        yield
+    finally:
+        card.side = None
 
 
 def functions(card: PlayedCard) -> dict[str, Callable[..., Any]]:

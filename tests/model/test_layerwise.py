@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from iqlite.training.readings import read
 from iqlite.training.session import Session
 from iqlite.training.update import training_batches, update
 from tests.card.driver import played
+from tests.card.graphs import Stream
 from tests.card.played import PlayedCard
 from tests.helpers.tensors import tensors_of, training_rollout
 from tests.helpers.tiny import shake
@@ -110,6 +110,13 @@ def test_weights_lie_in_a_file_without_a_name(make_session: Callable[..., Sessio
     assert all(line.endswith("(deleted)") and " rw-s " in line for line in lines)
 
 
+class Deaf(Stream):
+    """A stream that waits for nobody."""
+
+    def wait_event(self, event: Callable[[], None]) -> None:
+        pass
+
+
 @contextmanager
 def card_that(copies: str) -> Iterator[PlayedCard]:
     """A played card. Copies beside the computation come as late as may be, or at once; or late, and nobody waits for them."""
@@ -117,7 +124,7 @@ def card_that(copies: str) -> Iterator[PlayedCard]:
         if copies == "at once":
             patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         if copies == "not waited for":
-            patch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(wait_event=lambda _: None))
+            patch.setattr(torch.cuda, "current_stream", Deaf)
         yield card
 
 
