@@ -207,12 +207,12 @@ def main() -> None:
             print(markdown(record))
             continue
         record[part], end = [], time.monotonic() + args.seconds
-        for case in cases[part]:
+        for given in cases[part]:
             if (left := end - time.monotonic()) <= 0:
                 break
-            command = [sys.executable, "-m", "tests.gpu.measure", part, "--out", str(args.out), "--one", *case]
+            command = [sys.executable, "-m", "tests.gpu.measure", part, "--out", str(args.out), "--one", *given]
             record[part].append(
-                _run(command, left + 30) | ({"recipe": case[0], "gb": float(case[1])} if part == "fit" else {"way": case[0]})
+                _run(command, left + 30) | ({"recipe": given[0], "gb": float(given[1])} if part == "fit" else {"way": given[0]})
             )
             file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         if part == "speed":
