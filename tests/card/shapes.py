@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -75,6 +76,23 @@ def of_context(plan: Plan) -> dict[str, float]:
     return {phase: plan.total(phase) - plan.stays["CUDA context"] for phase in PHASES}
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """A base's configuration as transformers builds it; of what was counted on a larger model, the decoder's alone."""
+    config = dict(known()[name])
+    if (counted := config.get("counted")) is None:
+        return config
+    names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+             "intermediate": "intermediate_size", "vocabulary": "vocab_size", "tied": "tie_word_embeddings", "context": "max_position_embeddings"}  # fmt: skip
+    return {"model_type": counted["model_type"]} | {theirs: counted[ours] for ours, theirs in names.items()}
+
+
+def planned_for(recipe: Recipe, name: str, gb: float) -> tuple[Work, Plan]:
+    """What `iqlite plan` says of a recipe on a card of that size."""
+    shape = Shape.of(known()[name], name)
+    work = Work.of(recipe, shape, "cuda")
+    return work, choose(shape, work, FREE * gb * GIB, given_widths(recipe))
+
+
 def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: int = 0, card: str = "RTX 4070", expandable: bool = True,
          roomy: bool = False, evaluates: bool = False) -> Played:  # fmt: skip
     """A step at the widths that `plan` chooses for a card of that size, every prompt and answer as long as it may be.
@@ -84,19 +102,22 @@ def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: i
     """
     recipe = load_recipe(recipe_path, list(settings))
     name = base or recipe.model.base
-    config = dict(known()[name])
-    shape = Shape.of(config, name)
-    work, free = Work.of(recipe, shape, "cuda"), FREE * gb * GIB
-    plan = choose(shape, work, free, given_widths(recipe))
+    work, plan = planned_for(recipe, name, gb)
+    config = config_of(name)
+    free = FREE * gb * GIB
     if layers:
         config |= {"num_hidden_layers": layers} | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})
-        shape = Shape.of(config, name)
-        plan = estimate(shape, work, plan.widths)
+    plan = estimate(Shape.of(config, name), work, plan.widths)
+    if layers:
         free = plan.peak
     said: list[str] = []
     with played(card, 400 if roomy else free / GIB, numbers=False, expandable=expandable) as there, answers_of(DECODED):
+        capacity, there.memory.capacity = there.memory.capacity, float("inf")  # how a base gets there isn't played
         base = base_of(there, config, torch.bfloat16 if there.model.capability >= (8, 0) else torch.float16)
         session, full_length = session_of(base, recipe, work, plan.widths, said.append)
+        gc.collect()
+        there.memory.empty_cache()
+        there.memory.capacity = capacity
         peaks = list(steps_of(there, session, full_length, plan, work, evaluates))
         return Played(plan, tuple(peaks), tuple(said), there.memory.full, there.memory.retries, there.paged)
 
@@ -164,9 +185,10 @@ def session_of(
     """A recipe on a base without a tokenizer, and what makes answers of full length."""
     if recipe.model.embeddings == "host":
         embed_on_host(base.model)
-    policy = Policy(
-        base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=0, checkpointing=work.checkpointing, offload=work.offload
-    )
+    with mock.patch("iqlite.model.policy.is_proved", return_value=True):  # a proof needs a tokenizer
+        policy = Policy(
+            base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=0, checkpointing=work.checkpointing, offload=work.offload
+        )
     if recipe.superior.weights == "ema":
         policy.add_ema()
     requests: tuple[Messages, ...] = tuple(({"role": "user", "content": str(i)},) for i in range(work.answers))
