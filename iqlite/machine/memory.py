@@ -18,6 +18,7 @@ GIB, MIB = 2**30, 2**20
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a byte a block of 64; a float32 for 256 of those (double quantisation)
 CONTEXT = {"cuda": 480 * MIB, "cpu": 395 * MIB}  # CUDA context and kernels; a process after its imports. Measured on the CPU
 WORKSPACES = 2 * 8519680  # bytes that cuBLAS keeps for each of two streams, ours and the one that graphs are recorded on
+PAGES = 3 * 20 * MIB  # what a card's allocator holds in pages that aren't full; it gives whole ones back. By play
 FRAGMENTATION = 1.30  # of what comes and goes, what a CPU's allocator holds beyond it. Measured
 CHUNK_COPIES = {"cuda": 9, "cpu": 14}  # [chunk, V] float32 tensors alive at once in the chunked loss. Measured on the CPU
 CHUNK_BESIDE = 5.25  # of these, those beside the readings', where there are many readings
@@ -27,6 +28,7 @@ QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone
 POST_NORMED = ("olmo2", "olmo3", "gemma2", "gemma3_text", "gemma4_text", "exaone4")  # norms behind the MLP: their gradients are float32
 EAGER = ("gemma2",)  # attention by transformers' own mathematics, since a soft cap is in it
 EAGER_SCORES, EAGER_SAVED = 10, 8  # bytes a score at once without a gradient, and kept for it (some are float32)
+ALLOCATOR = "allocator's pages"
 PHASES = ("rollout", "reading", "update")
 
 
@@ -157,7 +159,7 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
         "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
         {"cuda": "CUDA context", "cpu": "process after imports"}[work.device]: float(CONTEXT[work.device]),
-        **({"cuBLAS workspaces": float(WORKSPACES)} if work.device == "cuda" else {}),
+        **({"cuBLAS workspaces": float(WORKSPACES), ALLOCATOR: float(PAGES)} if work.device == "cuda" else {}),
     }
 
 
@@ -218,6 +220,8 @@ def _passing(shape: Shape, work: Work, tokens: int, row: int, fills: float = 0.0
     hidden, queries, keys = shape.hidden * work.bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
     mlp = 2 * tokens * hidden + max(3 * wide, 2 * wide + matrix)
+    if shape.model_type in EAGER:  # transformers holds a layer's attention until the layer ends
+        mlp += tokens * row * shape.heads * work.bytes
     moments = [mlp, tokens * (hidden + work.bytes * (2 * queries + 4 * keys)) + _attending(shape, work, tokens / row, row)]
     if shape.model_type in FLOAT_ROTARY:
         moments.append(tokens * (work.bytes * (queries + 2 * keys) + max(12 * queries, 4 * queries + 12 * keys)) - fills)

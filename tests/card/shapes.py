@@ -23,7 +23,7 @@ from iqlite.base.identity import Identity
 from iqlite.base.loading import Base, embed_on_host, train_on_any_cpu
 from iqlite.base.shape import Shape, known
 from iqlite.machine.fit import choose, given_widths
-from iqlite.machine.memory import GIB, PHASES, Plan, Widths, Work, estimate
+from iqlite.machine.memory import ALLOCATOR, GIB, PHASES, Plan, Widths, Work, estimate
 from iqlite.machine.sizes import Sizes
 from iqlite.model import decoding, steady
 from iqlite.model.policy import Policy
@@ -72,8 +72,8 @@ class Played:
 
 
 def of_context(plan: Plan) -> dict[str, float]:
-    """A plan's bytes in tensors by phase: without the driver's context."""
-    return {phase: plan.total(phase) - plan.stays["CUDA context"] for phase in PHASES}
+    """A plan's bytes in tensors by phase: without the driver's context and the allocator's pages."""
+    return {phase: plan.total(phase) - plan.stays["CUDA context"] - plan.stays[ALLOCATOR] for phase in PHASES}
 
 
 def config_of(name: str) -> dict[str, Any]:
