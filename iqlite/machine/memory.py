@@ -20,8 +20,8 @@ CONTEXT = {"cuda": 480 * MIB, "cpu": 395 * MIB}  # CUDA context and kernels; a p
 WORKSPACES = 2 * 8519680  # bytes that cuBLAS keeps for each of two streams, ours and the one that graphs are recorded on
 PAGES = 3 * 20 * MIB  # what a card's allocator holds in pages that aren't full; it gives whole ones back. By play
 FRAGMENTATION = 1.30  # of what comes and goes, what a CPU's allocator holds beyond it. Measured
-CHUNK_COPIES = {"cuda": 9, "cpu": 14}  # [chunk, V] float32 tensors alive at once in the chunked loss. Measured on the CPU
-CHUNK_BESIDE = 5.25  # of these, those beside the readings', where there are many readings
+CHUNK_BESIDE = 5.25  # [chunk, V] float32 tensors alive at once in the chunked loss, beside one of each reading
+CHUNK_COPIES = {"contrary": 9, "cpu": 14}  # all of them, at least: with contrary prompts, and on a CPU (measured)
 LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
 FLOAT_ROTARY = ("olmo", "olmo2", "olmo3", "flex_olmo")  # rotate queries and keys in float32
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
@@ -61,6 +61,7 @@ class Work:
     readings: int
     optimizer: str
     checkpointing: bool
+    contrary: bool = False  # prompts on which nothing is to change
     offload: bool = False  # the layers' inputs wait in the computer's memory
 
     @classmethod
@@ -85,6 +86,7 @@ class Work:
             readings=readings,
             optimizer=usual_optimizer(device) if train.optimizer == "auto" else train.optimizer,
             checkpointing=device != "cpu" if train.checkpointing == "auto" else train.checkpointing != "off",
+            contrary=recipe.contrary_per_step > 0,
             offload=train.checkpointing == "offload" and device != "cpu",
         )
 
@@ -189,12 +191,8 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     kept = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
     if not work.checkpointing:
         kept = _saved(shape, work, tokens) * (shape.layers - 1)
-    chunk = (
-        min(widths.chunk_tokens, work.answers * work.new_tokens)
-        * shape.vocabulary
-        * 4.0
-        * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
-    )
+    copies = max(work.readings + CHUNK_BESIDE, CHUNK_COPIES.get(work.device, 0), CHUNK_COPIES["contrary"] * work.contrary)
+    chunk = 4.0 * copies * min(widths.chunk_tokens, work.answers * work.new_tokens) * shape.vocabulary
     states = tokens * (4.0 * shape.hidden + 2 * hidden) + 2 * answers * hidden
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
     norms = 8.0 * shape.hidden if shape.model_type in POST_NORMED else 0.0

@@ -172,11 +172,13 @@ def answers_of(tokens: int) -> Iterator[None]:
         drawn[0] += 1
         return torch.full((len(logits_BV),), TOKEN if drawn[0] % tokens else STOP, device=logits_BV.device)
 
-    decoding.choose = steady.choose = choose_token
-    try:
+    def run(step: Callable[[], None], _: torch.device) -> Callable[[], None]:
+        """A recording keeps all that it has seen, where a card's pool has room for one step."""
+        step()
+        return step
+
+    with mock.patch.object(decoding, "choose", choose_token), mock.patch.multiple(steady, choose=choose_token, repeated=run):
         yield
-    finally:
-        decoding.choose = steady.choose = real
 
 
 def session_of(
