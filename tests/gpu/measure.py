@@ -205,14 +205,13 @@ def main() -> None:
             (args.out / "card.md").write_text(markdown(record), "utf-8")
             print(markdown(record))
             continue
-        record[part], end = [], time.monotonic() + args.seconds
+        done: list[dict[str, Any]] = []
+        record[part], end = done, time.monotonic() + args.seconds
         for case in cases[part]:
             if (left := end - time.monotonic()) <= 0:
                 break
             command = [sys.executable, "-m", "tests.gpu.measure", part, "--out", str(args.out), "--one", *case]
-            record[part].append(
-                _run(command, left + 30) | ({"recipe": case[0], "gb": float(case[1])} if part == "fit" else {"way": case[0]})
-            )
+            done.append(_run(command, left + 30) | ({"recipe": case[0], "gb": float(case[1])} if part == "fit" else {"way": case[0]}))
             file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         if part == "speed":
             for more in sdft(args.out):
