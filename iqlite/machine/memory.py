@@ -21,7 +21,7 @@ WORKSPACES = 2 * 8519680  # bytes that cuBLAS keeps for each of two streams, our
 PAGES = 3 * 20 * MIB  # what a card's allocator holds in pages that aren't full; it gives whole ones back. By play
 FRAGMENTATION = 1.30  # of what comes and goes, what a CPU's allocator holds beyond it. Measured
 CHUNK_BESIDE = 5.25  # [chunk, V] float32 tensors alive at once in the chunked loss, beside one of each reading
-CHUNK_COPIES = {"contrary": 9, "cpu": 14}  # all of them, at least: with contrary prompts, and on a CPU (measured)
+CHUNK_COPIES = {"more": 9, "cpu": 14}  # all of them, at least: with contrary prompts or capped logits, and on a CPU (measured)
 LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
 FLOAT_ROTARY = ("olmo", "olmo2", "olmo3", "flex_olmo")  # rotate queries and keys in float32
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
@@ -191,7 +191,8 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     kept = offloaded(shape, work, tokens) / shape.layers * (2 if work.offload else shape.layers)  # one in use, one on its way
     if not work.checkpointing:
         kept = _saved(shape, work, tokens) * (shape.layers - 1)
-    copies = max(work.readings + CHUNK_BESIDE, CHUNK_COPIES.get(work.device, 0), CHUNK_COPIES["contrary"] * work.contrary)
+    more = work.contrary or shape.model_type in EAGER  # these have a soft cap behind the head too
+    copies = max(work.readings + CHUNK_BESIDE, CHUNK_COPIES.get(work.device, 0), CHUNK_COPIES["more"] * more)
     chunk = 4.0 * copies * min(widths.chunk_tokens, work.answers * work.new_tokens) * shape.vocabulary
     states = tokens * (4.0 * shape.hidden + 2 * hidden) + 2 * answers * hidden
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)

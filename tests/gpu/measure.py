@@ -191,8 +191,8 @@ def main() -> None:
     parser.add_argument("--one", nargs="+", help="a case, in this process")
     args = parser.parse_args()
     if args.one:
-        case = fit(args.one[0], float(args.one[1])) if args.parts == ["fit"] else speed(args.one[0])
-        print(json.dumps(case))
+        found = fit(args.one[0], float(args.one[1])) if args.parts == ["fit"] else speed(args.one[0])
+        print(json.dumps(found))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "card.json"
