@@ -18,15 +18,17 @@ GIB, MIB = 2**30, 2**20
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a byte a block of 64; a float32 for 256 of those (double quantisation)
 CONTEXT = {"cuda": 480 * MIB, "cpu": 395 * MIB}  # CUDA context and kernels; a process after its imports. Measured on the CPU
 WORKSPACES = 2 * 8519680  # bytes that cuBLAS keeps for each of two streams, ours and the one that graphs are recorded on
+PAGES = 3 * 20 * MIB  # what a card's allocator holds in pages that aren't full; it gives whole ones back. By play
 FRAGMENTATION = 1.30  # of what comes and goes, what a CPU's allocator holds beyond it. Measured
-CHUNK_COPIES = {"cuda": 9, "cpu": 14}  # [chunk, V] float32 tensors alive at once in the chunked loss. Measured on the CPU
-CHUNK_BESIDE = 5.25  # of these, those beside the readings', where there are many readings
+CHUNK_BESIDE = 5.25  # [chunk, V] float32 tensors alive at once in the chunked loss, beside one of each reading
+CHUNK_COPIES = {"more": 9, "cpu": 14}  # all of them, at least: with contrary prompts or capped logits, and on a CPU (measured)
 LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
 FLOAT_ROTARY = ("olmo", "olmo2", "olmo3", "flex_olmo")  # rotate queries and keys in float32
 QUERY_NORMED = ("olmo2", "olmo3", "qwen3", "gemma3_text", "gemma4_text", "exaone4", "qwen3_moe")  # norms over queries and keys too
 POST_NORMED = ("olmo2", "olmo3", "gemma2", "gemma3_text", "gemma4_text", "exaone4")  # norms behind the MLP: their gradients are float32
 EAGER = ("gemma2",)  # attention by transformers' own mathematics, since a soft cap is in it
 EAGER_SCORES, EAGER_SAVED = 10, 8  # bytes a score at once without a gradient, and kept for it (some are float32)
+ALLOCATOR = "allocator's pages"
 PHASES = ("rollout", "reading", "update")
 SLOTS = 2  # of streamed layers on a card: base.streaming's
 
@@ -60,6 +62,7 @@ class Work:
     readings: int
     optimizer: str
     checkpointing: bool
+    contrary: bool = False  # prompts on which nothing is to change
     offload: bool = False  # the layers' inputs wait in the computer's memory
     streamed: int = 0  # layers whose weights come by when they are read
 
@@ -86,6 +89,7 @@ class Work:
             readings=readings,
             optimizer=usual_optimizer(device) if train.optimizer == "auto" else train.optimizer,
             checkpointing=device != "cpu" if train.checkpointing == "auto" else train.checkpointing != "off",
+            contrary=recipe.contrary_per_step > 0,
             offload=train.checkpointing == "offload" and device != "cpu",
         ).streaming(streamed)
 
@@ -172,7 +176,7 @@ def _stays(shape: Shape, work: Work) -> dict[str, float]:
         "shared prefixes": _kv_bytes(shape, work) * work.readings * work.description_tokens,  # of the frozen roles: kept for the run
         "optimizer state": trained * (2.05 if work.optimizer == "paged-adamw-8bit" else 8.0),
         {"cuda": "CUDA context", "cpu": "process after imports"}[work.device]: float(CONTEXT[work.device]),
-        **({"cuBLAS workspaces": float(WORKSPACES)} if work.device == "cuda" else {}),
+        **({"cuBLAS workspaces": float(WORKSPACES), ALLOCATOR: float(PAGES)} if work.device == "cuda" else {}),
     }
 
 
@@ -206,12 +210,9 @@ def _update(shape: Shape, work: Work, widths: Widths) -> dict[str, float]:
     )  # one in use, one on its way
     if not work.checkpointing:
         kept = _saved(shape, work, tokens) * (shape.layers - 1)
-    chunk = (
-        min(widths.chunk_tokens, work.answers * work.new_tokens)
-        * shape.vocabulary
-        * 4.0
-        * max(CHUNK_COPIES[work.device], work.readings + CHUNK_BESIDE)
-    )
+    more = work.contrary or shape.model_type in EAGER  # these have a soft cap behind the head too
+    copies = max(work.readings + CHUNK_BESIDE, CHUNK_COPIES.get(work.device, 0), CHUNK_COPIES["more"] * more)
+    chunk = 4.0 * copies * min(widths.chunk_tokens, work.answers * work.new_tokens) * shape.vocabulary
     states = tokens * (4.0 * shape.hidden + 2 * hidden) + 2 * answers * hidden
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
     norms = 8.0 * shape.hidden if shape.model_type in POST_NORMED else 0.0
@@ -258,6 +259,8 @@ def _passing(shape: Shape, work: Work, tokens: int, row: int, fills: float = 0.0
     hidden, queries, keys = shape.hidden * work.bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide, matrix = tokens * shape.intermediate * work.bytes, _dequantised(shape, work)
     mlp = 2 * tokens * hidden + max(3 * wide, 2 * wide + matrix)
+    if shape.model_type in EAGER:  # transformers holds a layer's attention until the layer ends
+        mlp += tokens * row * shape.heads * work.bytes
     moments = [mlp, tokens * (hidden + work.bytes * (2 * queries + 4 * keys)) + _attending(shape, work, tokens / row, row)]
     if shape.model_type in FLOAT_ROTARY:
         moments.append(tokens * (work.bytes * (queries + 2 * keys) + max(12 * queries, 4 * queries + 12 * keys)) - fills)

@@ -15,11 +15,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from iqlite.base.shape import Shape, known
-from iqlite.machine.fit import choose, given_widths
-from iqlite.machine.memory import GIB, PHASES, Work
+from iqlite.base.shape import Shape
+from iqlite.machine.memory import GIB, PHASES, estimate
 from iqlite.recipe.reading import load_recipe
-from tests.card.shapes import FREE, Played, of_context, play
+from tests.card.shapes import FREE, Played, config_of, of_context, planned_for, play
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = [path.stem for path in sorted(RECIPES.glob("*.toml")) if "135m" not in tomllib.loads(path.read_text("utf-8"))["model"]["base"]]
@@ -30,14 +29,14 @@ def cell(name: str, gb: float, *, whole: bool) -> dict[str, Any]:
     """A recipe on a card of that size: GiB by phase, without the driver's context and what bitsandbytes keeps in pages."""
     path = RECIPES / f"{name}.toml"
     recipe = load_recipe(path, [])
-    shape = Shape.of(known()[recipe.model.base], recipe.model.base)
-    plan = choose(shape, Work.of(recipe, shape, "cuda"), FREE * gb * GIB, given_widths(recipe))
+    work, plan = planned_for(recipe, recipe.model.base, gb)
     found: dict[str, Any] = {"recipe": name, "gb": gb, "whole": whole, "fits": plan.peak <= FREE * gb * GIB, "widths": vars(plan.widths)}
     if not found["fits"]:
         return found
     plays = [play(path, gb)] if whole else [play(path, gb, layers=few) for few in FEW]
     allocated = [{peak.phase: peak.allocated for peak in played.peaks} for played in plays]
-    planned, last = of_context(plan), plays[-1]
+    shape = Shape.of(config_of(recipe.model.base), recipe.model.base)
+    planned, last = of_context(estimate(shape, work, plan.widths)), plays[-1]
     pages = last.paged * (1 if whole else shape.layers / FEW[-1])
     found["phases"] = {
         phase: {

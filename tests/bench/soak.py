@@ -21,6 +21,7 @@ import psutil
 from iqlite.recipe.reading import parse_recipe
 from iqlite.records import StepMetrics
 from iqlite.run.rundir import RunDir
+from iqlite.training import monitors
 from iqlite.training.loop import train
 from iqlite.training.opening import environment, open_session
 from tests.helpers.reporters import Silent
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps
+    monitors.PATIENCE = steps + 1  # a tiny model's measures swing, and no monitor is to end this
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["IQLITE_CACHE"] = str(folder / "cache")

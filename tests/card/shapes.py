@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -24,7 +25,7 @@ from iqlite.base.loading import Base, embed_on_host, train_on_any_cpu
 from iqlite.base.shape import Shape, known
 from iqlite.base.streaming import evenly, stream
 from iqlite.machine.fit import choose, given_widths, streaming
-from iqlite.machine.memory import GIB, PHASES, Plan, Widths, Work, estimate
+from iqlite.machine.memory import ALLOCATOR, GIB, PHASES, Plan, Widths, Work, estimate
 from iqlite.machine.sizes import Sizes
 from iqlite.model import decoding, steady
 from iqlite.model.policy import Policy
@@ -73,8 +74,25 @@ class Played:
 
 
 def of_context(plan: Plan) -> dict[str, float]:
-    """A plan's bytes in tensors by phase: without the driver's context."""
-    return {phase: plan.total(phase) - plan.stays["CUDA context"] for phase in PHASES}
+    """A plan's bytes in tensors by phase: without the driver's context and the allocator's pages."""
+    return {phase: plan.total(phase) - plan.stays["CUDA context"] - plan.stays[ALLOCATOR] for phase in PHASES}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """A base's configuration as transformers builds it; of what was counted on a larger model, the decoder's alone."""
+    config = dict(known()[name])
+    if (counted := config.get("counted")) is None:
+        return config
+    names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+             "intermediate": "intermediate_size", "vocabulary": "vocab_size", "tied": "tie_word_embeddings", "context": "max_position_embeddings"}  # fmt: skip
+    return {"model_type": counted["model_type"]} | {theirs: counted[ours] for ours, theirs in names.items()}
+
+
+def planned_for(recipe: Recipe, name: str, gb: float) -> tuple[Work, Plan]:
+    """What `iqlite plan` says of a recipe on a card of that size."""
+    shape, free = Shape.of(known()[name], name), FREE * gb * GIB
+    work = streaming(recipe, shape, Work.of(recipe, shape, "cuda"), free)
+    return work, choose(shape, work, free, given_widths(recipe))
 
 
 def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: int = 0, card: str = "RTX 4070", expandable: bool = True,
@@ -86,20 +104,23 @@ def play(recipe_path: Path, gb: float, *settings: str, base: str = "", layers: i
     """
     recipe = load_recipe(recipe_path, list(settings))
     name = base or recipe.model.base
-    config = dict(known()[name])
-    shape = Shape.of(config, name)
+    work, plan = planned_for(recipe, name, gb)
+    config = config_of(name)
     free = FREE * gb * GIB
-    work = streaming(recipe, shape, Work.of(recipe, shape, "cuda"), free)
-    plan = choose(shape, work, free, given_widths(recipe))
     if layers:
         config |= {"num_hidden_layers": layers} | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})
-        shape, work = Shape.of(config, name), work.streaming(min(work.streamed, layers))
-        plan = estimate(shape, work, plan.widths)
+        work = work.streaming(min(work.streamed, layers))
+    plan = estimate(Shape.of(config, name), work, plan.widths)
+    if layers:
         free = plan.peak
     said: list[str] = []
     with played(card, 400 if roomy else free / GIB, numbers=False, expandable=expandable) as there, answers_of(DECODED):
+        capacity, there.memory.capacity = there.memory.capacity, float("inf")  # how a base gets there isn't played
         base = base_of(there, config, torch.bfloat16 if there.model.capability >= (8, 0) else torch.float16, streamed=work.streamed)
         session, full_length = session_of(base, recipe, work, plan.widths, said.append)
+        gc.collect()
+        there.memory.empty_cache()
+        there.memory.capacity = capacity
         peaks = list(steps_of(there, session, full_length, plan, work, evaluates))
         return Played(plan, tuple(peaks), tuple(said), there.memory.full, there.memory.retries, there.paged)
 
@@ -155,11 +176,13 @@ def answers_of(tokens: int) -> Iterator[None]:
         drawn[0] += 1
         return torch.full((len(logits_BV),), TOKEN if drawn[0] % tokens else STOP, device=logits_BV.device)
 
-    decoding.choose = steady.choose = choose_token
-    try:
+    def run(step: Callable[[], None], _: torch.device) -> Callable[[], None]:
+        """A recording keeps all that it has seen, where a card's pool has room for one step."""
+        step()
+        return step
+
+    with mock.patch.object(decoding, "choose", choose_token), mock.patch.multiple(steady, choose=choose_token, repeated=run):
         yield
-    finally:
-        decoding.choose = steady.choose = real
 
 
 def session_of(
@@ -168,9 +191,10 @@ def session_of(
     """A recipe on a base without a tokenizer, and what makes answers of full length."""
     if recipe.model.embeddings == "host":
         embed_on_host(base.model)
-    policy = Policy(
-        base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=0, checkpointing=work.checkpointing, offload=work.offload
-    )
+    with mock.patch("iqlite.model.policy.is_proved", return_value=True):  # a proof needs a tokenizer
+        policy = Policy(
+            base, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=0, checkpointing=work.checkpointing, offload=work.offload
+        )
     if recipe.superior.weights == "ema":
         policy.add_ema()
     requests: tuple[Messages, ...] = tuple(({"role": "user", "content": str(i)},) for i in range(work.answers))

@@ -23,7 +23,7 @@ import torch
 
 from iqlite.base.shape import Shape, known
 from iqlite.machine.fit import choose, given_widths
-from iqlite.machine.memory import CONTEXT, GIB, PHASES, Work
+from iqlite.machine.memory import CONTEXT, GIB, PHASES, Work, estimate
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.reading import load_recipe
 from iqlite.training.optimizer import make_optimizer
@@ -70,10 +70,9 @@ def fit(name: str, gb: float) -> dict[str, Any]:
         peaks, said = played.peaks, list(played.said)
     else:
         recipe = load_recipe(path, [])
-        config, free = known()[recipe.model.base], shapes.FREE * gb * GIB
-        shape = Shape.of(config, recipe.model.base)
-        work = Work.of(recipe, shape, "cuda")
-        plan = choose(shape, work, free, given_widths(recipe))
+        config, free = shapes.config_of(recipe.model.base), shapes.FREE * gb * GIB
+        work, plan = shapes.planned_for(recipe, recipe.model.base, gb)
+        plan = estimate(Shape.of(config, recipe.model.base), work, plan.widths)
         torch.cuda.set_per_process_memory_fraction(min(1.0, (free - CONTEXT["cuda"]) / torch.cuda.get_device_properties(0).total_memory))
         said = []
         with shapes.answers_of(shapes.DECODED):
@@ -192,8 +191,8 @@ def main() -> None:
     parser.add_argument("--one", nargs="+", help="a case, in this process")
     args = parser.parse_args()
     if args.one:
-        case = fit(args.one[0], float(args.one[1])) if args.parts == ["fit"] else speed(args.one[0])
-        print(json.dumps(case))
+        found = fit(args.one[0], float(args.one[1])) if args.parts == ["fit"] else speed(args.one[0])
+        print(json.dumps(found))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "card.json"
