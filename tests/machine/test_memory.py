@@ -123,9 +123,9 @@ def test_advice_comes_in_the_order_of_least_harm_and_makes_it_fit() -> None:
     assert changes[0] == 'model.embeddings = "host"'
     assert plan.peak <= 5.9 * GIB
     order = [change for change, _ in LEAST_HARM]
-    many, least = advice(shape, replace(work, quantization="none", optimizer="adamw", checkpointing=False, ema=True), 2 * GIB)
+    many, least = advice(shape, replace(work, quantization="none", optimizer="adamw", checkpointing=False, ema=True), GIB)
     assert [order.index(change) for change in many] == sorted(order.index(change) for change in many)
-    assert least.peak > 2 * GIB
+    assert least.peak > GIB
     assert advice(shape, work, 80 * GIB)[0] == []
 
 
