@@ -14,9 +14,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ["IQLITE_CACHE"] = tempfile.mkdtemp(prefix="iqlite-")  # what a user, or another version, has kept is none of a test's
-for ending in {"SIGINT", "SIGHUP", "SIGQUIT"} & {*dir(signal)}:  # a suite that a shell started in the background has them ignored
-    if signal.getsignal(getattr(signal, ending)) == signal.SIG_IGN:
-        signal.signal(getattr(signal, ending), signal.default_int_handler if ending == "SIGINT" else signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on the same cores: threads of each would wait for one another
 
@@ -29,6 +26,12 @@ from iqlite.run.rundir import RunDir
 from iqlite.training.opening import environment, open_session
 from iqlite.training.session import Session
 from tests.helpers.tiny import save_tiny, shake
+
+
+def pytest_configure() -> None:
+    for ending in {"SIGINT", "SIGHUP", "SIGQUIT"} & {*dir(signal)}:  # a suite that a shell started in the background has them ignored
+        if signal.getsignal(getattr(signal, ending)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, ending), signal.default_int_handler if ending == "SIGINT" else signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:
