@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/iqlite compare $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[compare]'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,12 @@ from iqlite.run.rundir import RunDir
 from iqlite.training.opening import environment, open_session
 from iqlite.training.session import Session
 from tests.helpers.tiny import save_tiny, shake
+
+
+def pytest_configure() -> None:
+    for ending in {"SIGINT", "SIGHUP", "SIGQUIT"} & {*dir(signal)}:  # a suite that a shell started in the background has them ignored
+        if signal.getsignal(getattr(signal, ending)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, ending), signal.default_int_handler if ending == "SIGINT" else signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:

@@ -170,7 +170,7 @@ BAD: dict[str, tuple[Spoil, list[str]]] = {
     "negative learning rate": (changed(train={"learning_rate": -0.1}), ["recipe.toml", "train.learning_rate", "-0.1", "greater than 0"]),
     "a rate that isn't finite": (changed(train={"learning_rate": float("inf")}), ["recipe.toml", "train.learning_rate", "finite"]),
     "endless epochs": (changed(train={"steps": None, "epochs": 1e300}), ["recipe.toml", "train.epochs", "10000"]),
-    "no room for a prompt": (changed(rollout={"max_new_tokens": 100_000}), ["recipe.toml", "rollout.max_new_tokens", "100000", "lower"]),
+    "no room for a prompt": (changed(rollout={"max_new_tokens": 10_000}), ["recipe.toml", "rollout.max_new_tokens", "10000", "lower"]),
     "half a character": (prompts('{"prompt": "\\ud800"}\n'), ["prompts.train", "1 malformed row"]),
     "not TOML": (not_toml, ["recipe.toml", "TOML", "line 1"]),
     "missing prompt file": (changed(prompts={"train": "nowhere.jsonl"}), ["recipe.toml", "prompts.train", "nowhere.jsonl", "relative to the recipe"]),

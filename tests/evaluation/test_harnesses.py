@@ -78,6 +78,7 @@ def score(task: str, trained: float) -> Score:
 
 
 def test_what_is_kept_stands_in_card_and_report(tiny_run: RunDir) -> None:
+    (tiny_run.path / "eval.json").unlink(missing_ok=True)  # of a test before
     keep(tiny_run, "adapter", [score(NASTY, 0.25), score("other", 0.75)])
     assert keep(tiny_run, "adapter", [score("other", 1.0)]) == [asdict(score(NASTY, 0.25)), asdict(score("other", 1.0))]
     found = figures(tiny_run, tiny_run.adapter)

@@ -267,6 +267,7 @@ def test_watching_draws_again_and_ctrl_c_ends_it_well(make_folder: Callable[...,
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background has it ignored
         os.execvpe(sys.executable, [sys.executable, "-m", "iqlite", "runs", "--watch"], os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"})  # fmt: skip
     seen = b""
 
