@@ -45,7 +45,7 @@ def test_rows_of_several_prefixes_copy_them_for_a_layer_at_a_time(card: PlayedCa
     told = [random(rows, heads, 8, size).to(card.device) for _ in range(2)]
     card.memory.reset_peaks()
     before = card.memory.allocated
-    cache: Any = before_rows([prefixes[row % 2] for row in range(rows)])
+    cache: Any = before_rows([prefixes[row % 2] for row in range(rows)], layers)
     assert card.memory.allocated == before
     for layer in range(layers):
         keys, _ = cache.update(*told, layer)
