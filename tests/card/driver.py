@@ -60,6 +60,7 @@ def played(*args: Any, **kwargs: Any) -> Iterator[PlayedCard]:
         patch(
             transformers.AutoModelForCausalLM, "from_pretrained", staticmethod(_loading(transformers.AutoModelForCausalLM.from_pretrained))
         )
+        patch(functional, "name2qmap", {})  # what bitsandbytes keeps from one call to the next
         patch(functional, "get_paged", _paged)
         patch(functional, "fill", lambda a, value, **_: a.fill_(value))
         patch(functional, "prefetch_tensor", lambda a, to_cpu=False: None)
