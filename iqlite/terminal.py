@@ -213,7 +213,7 @@ class Count:
 
     def now(self, name: str) -> None:
         """What is being done now."""
-        self.progress.update(self.task, description=clean(name))
+        self.moment(name)
         if self.progress.disable:
             self.out.print(f"{self.what}: {clean(name)}")
 

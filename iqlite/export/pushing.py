@@ -74,8 +74,8 @@ def push_folder(folder: Path, repo: str, there: There, *, private: bool, message
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """The hub's refusals, and lines that break, as one sentence."""
-    import httpx2 as httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HTTPError as LineError  # type: ignore[attr-defined] # httpx's or httpx2's, by the hub's version
 
     try:
         yield
@@ -87,5 +87,5 @@ def _explained(repo: str) -> Iterator[None]:
             raise RunError(f"{repo} was changed by somebody else meanwhile: push again.") from None
         hint = ": may the token write there?" if status in (401, 403) else "."
         raise RunError(f"the hub refuses {repo} ({status}, {(error.server_message or first_line(error)).splitlines()[0]}){hint}") from None
-    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (LineError, OSError, RuntimeError, ValueError) as error:
         raise RunError(f"{repo} couldn't be pushed ({first_line(error)}): push again.") from None

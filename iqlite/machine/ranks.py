@@ -6,7 +6,7 @@ The process of rank 0 leads: it alone writes and prints.
 
 All of it goes through the computer's memory, by gloo: ids, a few numbers a token, and once an update the adapter's gradient. So no card gives
 memory to NCCL's buffers, a process that dies ends its peers' waits at once, and a CPU runs the same code. No pickles: tensors travel as
-safetensors, all else as JSON. No torch at the top.
+safetensors, all else as JSON. Every verb imports this: nothing large at the top.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from iqlite.errors import BaseError, RecipeError, RunError, first_line
 from iqlite.machine.watch import own_stderr
-from iqlite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
     from iqlite.machine.watch import Watch
+    from iqlite.recipe.schema import Recipe
 
 Thing = TypeVar("Thing")
 MEETING = timedelta(minutes=10)  # until all have come, with their imports
@@ -162,7 +162,8 @@ class Ranks:
 
     def least(self, numbers: Mapping[str, int]) -> dict[str, int]:
         """Each number as small as any process has it."""
-        return {name: min(theirs[name] for theirs in self.gathered(dict(numbers))) for name in numbers} if self.size > 1 else dict(numbers)
+        everyone_s = self.gathered(dict(numbers))
+        return {name: min(theirs[name] for theirs in everyone_s) for name in numbers}
 
     def add_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Makes every parameter's gradient the sum of everyone's: one flat float32 sum, the same to the bit in all processes."""
@@ -185,8 +186,9 @@ class Ranks:
 
     def check_same(self, things: Mapping[str, Any]) -> None:
         """RunError unless all processes have the same recipe, prompts and base (named `things`): machines have their own files."""
-        for other, theirs in enumerate(self.gathered(json.loads(json.dumps(things)))):
-            for name, own in json.loads(json.dumps(things)).items():
+        mine = json.loads(json.dumps(things))  # as the others' come
+        for other, theirs in enumerate(self.gathered(mine)):
+            for name, own in mine.items():
                 if theirs[name] != own:
                     raise RunError(
                         f"processes {self.rank} and {other} have not the same {name}: give every machine the same files and the same iqlite."

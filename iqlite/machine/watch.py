@@ -1,7 +1,7 @@
 """Who of several processes is still there. Waits for results have no time-out, since a rollout takes as long as it takes; so each process says
 every second that it lives, and sees who doesn't: one that was killed, one that is stopped, a machine that is gone. Then all end, and one says why.
 
-It all goes over the launcher's own store, on a connection and a thread of its own. No torch at the top.
+It all goes over the launcher's own store, on a connection and a thread of its own. Every verb imports this: nothing large at the top.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-import psutil
-
 EVERY = 1.0  # seconds between two signs of life
 SILENT = 30.0  # seconds without one after which a process counts as stopped; imports and loading hold one up for a few
 PATIENCE = 3.0  # seconds for another's reason to arrive, and for the leader to say it
@@ -31,6 +29,7 @@ class Watch:
 
     def __init__(self, rank: int, size: int):
         """Starts to watch. When it returns, all have started."""
+        import psutil
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         self.rank, self.size = rank, size
@@ -148,6 +147,8 @@ class Watch:
 
 
 def _lives(who: dict[str, Any]) -> bool:
+    import psutil
+
     try:
         process = psutil.Process(int(who["pid"]))
         same = abs(process.create_time() - float(who["began"])) < 1

@@ -36,6 +36,7 @@ class TupleForward(Forward):
     def __init__(self, anatomy: Anatomy, device: torch.device, reader: Callable[[], str], moving: Callable[[], bool]):
         super().__init__(anatomy, device, reader, moving)
         self.network, self.decoder = anatomy.decoder, self._read
+        self.steady = False  # what it keeps grows with every token
 
     def room(self, tokens: int, begun: Sequence[Prefix | None]) -> Any:
         """What keeps the rows being decoded."""

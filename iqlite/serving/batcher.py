@@ -145,7 +145,7 @@ class Batcher:
             return seen.logits_bV
 
         folded = self.voices.speaker.fold and new >= FOLD_FROM
-        with self.voices.policy.acting_as(voice.role, folded=folded):
+        with self.voices.policy.acting_as(voice.role, decoding=new >= FOLD_FROM, folded=folded):
             forward, shared = self.voices.policy.forward, voice.shared
             told_of = any(answer.top is not None for answer in batch)  # then every token's logits are looked at as they are made
             drawn = draw(

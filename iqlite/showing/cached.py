@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -85,7 +84,6 @@ def free(entry: Entry) -> None:
     try:
         if entry.path.is_dir():
             drop(entry.path)
-            shutil.rmtree(entry.path.with_name(f".old-{entry.path.name}"), ignore_errors=True)
         else:
             entry.path.unlink(missing_ok=True)
     except OSError as error:
