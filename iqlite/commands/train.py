@@ -66,7 +66,7 @@ def train(
     session.ranks.leave()
     if not session.ranks.leads:
         raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
-    _conclude(console, run, recipe.path, overrides or [], out, outcome, safe, as_json=as_json)
+    _conclude(console, run, recipe.path, overrides or [], out, outcome, safe, safety=safety, as_json=as_json)
     raise typer.Exit(INTERRUPTED if outcome.why == "interrupted" else 0)
 
 
@@ -164,7 +164,7 @@ def derived(recipe: Recipe, session: Session, path: Path, total: int, parameters
 
 def _conclude(
     console: Console, run_dir: RunDir, recipe_path: Path, overrides: Sequence[str], out: Path | None, outcome: Outcome,
-    safe: dict[str, Any] | None, *, as_json: bool,
+    safe: dict[str, Any] | None, *, safety: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from iqlite.machine.ranks import launched_by
     from iqlite.run.files import json_numbers
@@ -174,6 +174,7 @@ def _conclude(
         return
     if outcome.why == "interrupted":
         settings = [part for override in overrides for part in ("--set", override)]
+        settings += [] if safety else ["--no-safety"]
         again = shlex.join([*launched_by(), "train", str(recipe_path), *settings, "--out", str(out or run_dir.path), "--resume"])
         console.print(f"stopped after step {outcome.step} of {outcome.total}; go on with:  {again}", markup=False)
         return

@@ -60,7 +60,7 @@ def draw(
         if position and isinstance(cache, Decoding) and forward.steadies(cache.room):
             filled = before + longest
             steps = Steps(
-                forward, cache, predict, list(prompts), stop_ids, sampler, step, numbers, ids_RL, position_RL, real_RL[:, :filled], ended_b, 1
+                forward, cache, predict, list(prompts), stop_ids, sampler, step, numbers, ids_RL, position_RL, real_RL[:, :filled], ended_b
             )  # fmt: skip
             yield from steadily(steps, which_b, filled, new - 1, every, record=record)
             return

@@ -28,7 +28,7 @@ class Steps:
     """B answers under each of several readings, rows of one batch; `step` draws one token more of each.
 
     `ids_R1` are the tokens drawn last, `position_R1` their positions, `real_RP` which of the `filled` places before them are real tokens;
-    `ended_b` which answers have ended, `numbers` their requests'. `first` is the position in the answers of the next token, of `sampler.max_new_tokens`.
+    `ended_b` which answers have ended, `numbers` their requests'. Each has its first token, of `sampler.max_new_tokens`.
     """
 
     def __init__(
@@ -45,12 +45,11 @@ class Steps:
         position_R1: Tensor,
         real_RP: Tensor,
         ended_b: Tensor,
-        first: int,
     ):
-        device, places = forward.device, real_RP.shape[1] + sampler.max_new_tokens - first
+        device, places = forward.device, real_RP.shape[1] + sampler.max_new_tokens - 1
         self.forward, self.cache, self.predict, self.readings, self.sampler = forward, cache, predict, readings, sampler
         self.ids_R1, self.position_R1, self.ended_b = ids_R1.clone(), position_R1.clone(), ended_b.to(device)
-        uniform = [noise(sampler.seed, sampler.stream, step, numbers, position) for position in range(first, sampler.max_new_tokens)]
+        uniform = [noise(sampler.seed, sampler.stream, step, numbers, position) for position in range(1, sampler.max_new_tokens)]
         self.uniform_Tb = torch.stack(uniform).to(device)
         self.token_Tb = torch.zeros(self.uniform_Tb.shape, dtype=torch.long, device=device)
         self.stop = torch.tensor(list(stop_ids), device=device)

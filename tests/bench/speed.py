@@ -2,7 +2,7 @@
 
     python -m tests.bench.speed [--only steps rollout loss growth tone] [--tone] [--out runs/bench/speed] [--repetitions 3]
 
-steps    iqlite's step, TRL's SDFT and TRL's GRPO, each in a process of its own: response tokens a second, memory growth
+steps    iqlite's step, TRL's SDFT, DistillationTrainer and GRPO, each in a process of its own: response tokens a second, memory growth
 rollout  iqlite's sampling and transformers' generate() on the same base and adapter: tokens a second
 loss     the loss by chunks and with all logits at once, each in a process of its own: extra memory, seconds
 growth   an iqlite step as new tokens, and as prompts, double: exponents of time and memory growth
@@ -34,7 +34,7 @@ import torch
 from iqlite.base.names import locate
 from iqlite.device import here
 from iqlite.recipe.reading import load_recipe
-from tests.bench.speed_table import markdown
+from tests.bench.speed_table import PEERS, markdown
 
 RECIPE, PROMPTS = Path("recipes/cheerful-135m.toml"), Path("recipes/prompts/everyday.jsonl")
 PACKAGES = ("iqlite", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "numpy")
@@ -93,7 +93,7 @@ def say(*words: Any) -> None:
 
 
 def steps(bench: Bench) -> None:
-    """iqlite, SDFT and GRPO in turn."""
+    """iqlite and its peers in turn."""
     args = bench.args
     common = {"steps": args.steps, "batch": args.batch, "new_tokens": args.new_tokens, "lr": 3e-4}
     runs = bench.begin("steps", **common, rank=16, alpha=32)
@@ -101,7 +101,7 @@ def steps(bench: Bench) -> None:
         runs[quantization] = []
         for repetition in range(args.repetitions):
             found = {}
-            for side in ("iqlite", "sdft", "grpo"):
+            for side in ("iqlite", *PEERS):
                 found[side] = bench.step(side, quantization=quantization, **common)
                 rate, growth = found[side]["response_tokens_per_second"], found[side]["growth_mib"]
                 say(f"steps, {quantization}, {repetition + 1}/{args.repetitions}, {side}: {rate} tokens/s, grows by {growth} MiB")

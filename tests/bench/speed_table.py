@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 
 Row = tuple[str, str, str, str, str]
-PEERS = {"sdft": "TRL SDFT", "grpo": "TRL GRPO"}
-WORK = {"sdft": "iqlite reads 3 times, SDFT once", "grpo": "iqlite reads 3 times, GRPO never; GRPO answers half the prompts twice"}
+PEERS = {"sdft": "TRL SDFT", "distill": "TRL DistillationTrainer", "grpo": "TRL GRPO"}
+WORK = {
+    "sdft": "iqlite reads 3 times, SDFT once",
+    "distill": "iqlite reads 3 times, DistillationTrainer once",
+    "grpo": "iqlite reads 3 times, GRPO never; GRPO answers half the prompts twice",
+}
 HIGHER, LOWER = "higher is better", "lower is better"
 
 
@@ -61,6 +65,8 @@ def steps_rows(part: dict[str, Any]) -> list[Row]:
     size = f"{part['settings']['batch']} × {part['settings']['new_tokens']} tokens"
     for quantization, runs in part["runs"].items():
         for peer, name in PEERS.items() if runs else ():
+            if peer not in runs[0]:  # a record from before it was a peer
+                continue
             for key, what, unit, better in (
                 ("response_tokens_per_second", "response tokens a second", "", HIGHER),
                 ("growth_mib", "memory growth", " MiB", LOWER),
