@@ -28,7 +28,7 @@ from iqlite.base.identity import Identity
 from iqlite.base.names import explain, locate
 from iqlite.base.shape import context_of
 from iqlite.base.stored_types import check_files, is_packed
-from iqlite.base.streaming import Streamed, stream
+from iqlite.base.streaming import Streamed, move, stream
 from iqlite.device import fuses_grouped_attention, here, is_card, total_gib
 from iqlite.errors import BaseError, first_line
 from iqlite.places import cache_folder
@@ -112,7 +112,8 @@ def load_base(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     if is_card(device):
-        options["device_map"] = {"": "cpu" if layers_outside else device.index if device.type == "cuda" else str(device)}
+        here_first = layers_outside or embeddings == "host"  # what stays here mustn't need room there on its way
+        options["device_map"] = {"": "cpu" if here_first else device.index if device.type == "cuda" else str(device)}
     tokenizer = read_tokenizer(source, name, revision)
     try:
         if backend == "unsloth":
@@ -134,11 +135,12 @@ def load_base(
     if not fuses_grouped_attention(device):
         repeat_keys(model)
     anatomy, streamed = Anatomy.of(model, name), None
+    stays = embed_on_host(model) if embeddings == "host" and is_card(device) else []
     if layers_outside:
-        streamed = stream(model, anatomy.layers, layers_outside, device, cache_folder())
+        streamed = stream(model, anatomy.layers, layers_outside, device, cache_folder(), stays)
         anatomy = Anatomy.of(model, name)
-    if embeddings == "host":
-        embed_on_host(model)
+    elif embeddings == "host":
+        move(model, device, but=stays)
     if quantization == "nf4" and not (streamed and device.type == "cpu"):
         let_go_of_files(model)
     identity = Identity.of(name, anatomy.config, anatomy.norm, anatomy.head.weight)
@@ -166,14 +168,15 @@ def read_tokenizer(source: str, name: str, revision: str | None = None) -> Any:
         ) from None
 
 
-def embed_on_host(model: Any) -> None:
-    """Leaves an untied embedding table in the computer's memory: only the looked-up rows, [tokens, D], travel to the card."""
+def embed_on_host(model: Any) -> list[nn.Module]:
+    """Leaves an untied embedding table in the computer's memory: only the looked-up rows, [tokens, D], travel to the card. What stays there."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if table.weight is head.weight or table.weight.device.type == "cpu":
-        return
+    if table.weight is head.weight:
+        return []
     table.to("cpu")
     table.register_forward_pre_hook(lambda _, given: (given[0].to("cpu"),))
     table.register_forward_hook(lambda _, __, found: found.to(head.weight.device))
+    return [table]
 
 
 def train_on_any_cpu(model: nn.Module) -> None:

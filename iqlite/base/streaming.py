@@ -156,12 +156,14 @@ def evenly(layers: nn.ModuleList, count: int) -> list[nn.Module]:
     return [layers[(at * len(layers)) // count] for at in range(count)]
 
 
-def stream(model: nn.Module, layers: nn.ModuleList, count: int, device: torch.device, folder: Path) -> Streamed:
-    """Streams `count` of a model's layers, all of which is in the computer's memory; the rest goes to the card. `folder` is for a CPU's file."""
+def stream(
+    model: nn.Module, layers: nn.ModuleList, count: int, device: torch.device, folder: Path, stays: Sequence[nn.Module] = ()
+) -> Streamed:
+    """Streams `count` of a model's layers, all of which is in the computer's memory; the rest but what `stays` goes to the card. `folder` is for a CPU's file."""
     if not is_card(device):
         return Mapped(evenly(layers, count), model, folder)
     some = evenly(layers, count)
-    move(model, device, but=some)
+    move(model, device, but=[*some, *stays])
     return Ring(some, device)
 
 
