@@ -144,12 +144,13 @@ def test_memory_that_grows_in_place_is_asked_for_unless_the_user_has_chosen(set_
         monkeypatch.delenv(name)
 
 
-def test_an_embedding_that_stays_on_the_host_needs_no_room_on_its_way_there(tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_an_embedding_that_stays_on_the_host_needs_no_room_on_its_way_there(streamed: int, tiny: Callable[..., Path]) -> None:
     """A recipe that fits with it there mustn't run out while the base is loaded."""
     with played("RTX 4070", 12) as card:
         before = card.memory.allocated
         card.memory.reset_peaks()
-        base = load_base(str(tiny("llama", tie_word_embeddings=False)), "nf4", embeddings="host")
+        base = load_base(str(tiny("llama", tie_word_embeddings=False)), "nf4", embeddings="host", offload=lambda _: streamed)
         table = base.model.get_input_embeddings().weight
         assert table.device.type == "cpu" and base.anatomy.head.weight.device.type == "cuda"
         stays = card.memory.allocated - before
