@@ -67,9 +67,10 @@ class Identity:
             return False
         return all(abs(a - b) <= IDENTITY_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(self.weights, other.weights, strict=True))
 
-    def write(self, folder: Path) -> None:
-        """Puts it beside an adapter."""
-        (folder / IDENTITY_FILE).write_text(json.dumps({"base": asdict(self)}, indent=2) + "\n", "utf-8")
+    def write(self, folder: Path, step: int | None = None) -> None:
+        """Puts it beside an adapter, with the step it was saved after, if that is known."""
+        found = {"base": asdict(self)} | ({} if step is None else {"step": step})
+        (folder / IDENTITY_FILE).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Identity | None:

@@ -51,7 +51,7 @@ def export(
 ) -> None:
     """Export a run for PEFT, llama.cpp, LM Studio or Ollama."""
     from iqlite.export import converter
-    from iqlite.export.card import BESIDE, MANIFEST, manifest, warnings, write_about
+    from iqlite.export.card import BESIDE, MANIFEST, manifest, put_beside, warnings, write_about
     from iqlite.export.checks import leaving
     from iqlite.export.gguf_file import check_quant, quantize_with, write_adapter, write_model
     from iqlite.export.gguf_keys import ARCHITECTURE
@@ -60,6 +60,8 @@ def export(
 
     console, to = terminal(stderr=as_json), target.value
     quant = quant.lower() if quant else None
+    making = out.with_name(f".making-{out.name}")
+    put_beside(making, out)
     run_dir, folder = leaving(run, which, out, MANIFEST, scale=scale, force=force, base=base)
     for beside in (out.with_name(f"{out.name}{ending}") for ending in BESIDE if to.startswith("gguf")):
         check_place(beside, MANIFEST, force=force)
@@ -92,7 +94,6 @@ def export(
     made |= {} if small or to == "peft" else {"base_weights": weights.value}
     made |= {"quantization": quant or ("f32" if small else "f16")} if to in ("gguf", "gguf-adapter", "ollama") else {}
     about = manifest(run_dir, folder, chat, licence_of(merge.stored), made)
-    making = out.with_name(f".making-{out.name}")
     name = run.resolve().name
     next_command = ""
 
@@ -133,11 +134,9 @@ def export(
             write_peft(making, folder, chat, scale=scale)
         if to == "ollama":
             next_command = _ollama(making, out, recipe.model.base, original, merge, chat, quant, name, model_file, about)
-        if making.is_dir():
-            write_about(making, about, peft=to == "peft")
+        write_about(making, about, peft=to == "peft")
         replace_with(making, out)
-        if out.is_file():
-            write_about(out, about)
+        put_beside(making, out)
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     if as_json:
         print(json.dumps({"path": str(out), "format": to, "bytes": size, "warnings": warnings(about), **made}))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from iqlite import __version__
 from iqlite.base.names import hub_name
+from iqlite.integrity import put
 from iqlite.recipe.schema import HubPrompts, Recipe
 from iqlite.run.findings import digest, figures, with_error
 from iqlite.run.rundir import RunDir, locked
@@ -120,6 +121,13 @@ def write_about(path: Path, manifest: Mapping[str, Any], *, peft: bool = False) 
         return
     (path / MANIFEST).write_text(text, "utf-8")
     (path / "README.md").write_text(model_card(manifest, peft=peft), "utf-8")
+
+
+def put_beside(making: Path, out: Path) -> None:
+    """Puts manifest and card of a file that was `making` beside it as `out`, once it is there; a kill may have come between."""
+    for ending in BESIDE if out.is_file() and not making.exists() else ():
+        if (made := making.with_name(f"{making.name}{ending}")).is_file():
+            put(made, out.with_name(f"{out.name}{ending}"))
 
 
 def _figure_lines(found: Mapping[str, Any]) -> list[str]:

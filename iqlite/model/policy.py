@@ -232,17 +232,17 @@ class Policy:
         set_peft_model_state_dict(self.model, dict(state), adapter_name=name)
 
     def save_adapter(self, folder: Path, name: str = TRAINED, *, step: int | None = None) -> None:
-        """Writes adapter_config.json, adapter_model.safetensors (which says the `step` it is of), the base's identity and how to load it without iqlite into an
-        existing, private folder."""
+        """Writes adapter_config.json, adapter_model.safetensors, the base's identity with the `step` it is of, and how to load it without iqlite into an
+        existing, private folder. The same adapter is the same bytes."""
         from safetensors.torch import save_file
 
         config = self.model.peft_config[name]
-        inference_mode, config.inference_mode = config.inference_mode, True
+        as_it_is = config.inference_mode, config.target_modules
+        config.inference_mode, config.target_modules = True, sorted(config.target_modules)  # a set's order differs from process to process
         config.save_pretrained(str(folder))
-        config.inference_mode = inference_mode
-        metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
-        save_file(self.state(name), folder / "adapter_model.safetensors", metadata)
-        self.base.identity.write(folder)
+        config.inference_mode, config.target_modules = as_it_is
+        save_file(self.state(name), folder / "adapter_model.safetensors", {"format": "pt"})  # of two keys the order would differ as well
+        self.base.identity.write(folder, step)
         (folder / "README.md").write_text(
             LOADING.format(base=hub_name(self.base.name), loader=auto_class(self.base.model.config, self.base.name).__name__), "utf-8"
         )

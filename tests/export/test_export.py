@@ -271,6 +271,18 @@ def test_the_next_command_is_one_that_a_shell_takes(make_run: Callable[..., RunD
     assert "ollama create Mein-Lauf -f 'my out/Modelfile'" in " ".join(out.split())
 
 
+def test_a_kill_between_a_file_and_its_card_is_made_good(
+    make_run: Callable[..., RunDir], iqlite: Callable[..., Any], tmp_path: Path
+) -> None:
+    out, command = tmp_path / "a.gguf", ["export", make_run().path, "-o", tmp_path / "a.gguf", "--to", "gguf"]
+    assert iqlite(*command)[0] == 0
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("a.gguf*")}
+    assert set(whole) == {"a.gguf", "a.gguf.json", "a.gguf.md"}
+    out.with_name("a.gguf.md").rename(out.with_name(".making-a.gguf.md"))
+    assert iqlite(*command)[0] == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*a.gguf*")} == whole
+
+
 def test_an_adapter_for_a_gguf_that_iqlite_cannot_name_the_tensors_of_is_refused(
     make_run: Callable[..., RunDir], iqlite: Callable[..., Any], tmp_path: Path
 ) -> None:

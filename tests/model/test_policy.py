@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,3 +206,17 @@ def test_the_same_weights_under_another_folder_name_are_the_same_base(tiny: Call
     policy.save_adapter(tmp_path / "adapter")
     again = Policy(load_base(str(moved), "nf4"), rank=4, alpha=8.0, seed=0, start=tmp_path / "adapter")
     assert all(torch.equal(value, policy.state()[name]) for name, value in again.state().items())
+
+
+def test_the_same_adapter_is_the_same_bytes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither the order of PEFT's set of modules nor that of safetensors' metadata may tell two runs apart; the sets' order here is another's."""
+    program = (
+        "import sys; from pathlib import Path; from iqlite.base.loading import load_base; from iqlite.model.policy import Policy;"
+        "folder = Path(sys.argv[2]); folder.mkdir(); Policy(load_base(sys.argv[1], 'none'), rank=2, alpha=4.0, seed=0).save_adapter(folder, step=3)"
+    )
+    found = []
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", program, str(tiny()), str(tmp_path / seed)], env=environment, check=True)
+        found.append({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()})
+    assert found[0] == found[1] == found[2]
