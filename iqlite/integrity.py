@@ -144,18 +144,18 @@ def _difference(found: Mapping[str, Any] | None, size: int) -> str:
     return "isn't what was written: its checksum differs"
 
 
-def sealed(line: Mapping[str, Any]) -> str:
-    """A line of JSON with a checksum of its own."""
+def sealed(line: Mapping[str, Any], of: str = "") -> str:
+    """A line of JSON with a checksum of its own, which counts in what it is `of`: in another place it is damaged."""
     text = json.dumps(line, ensure_ascii=False)
-    return f'{text[:-1]}, "{SEAL}": "{crc(text.encode())}"}}'
+    return f'{text[:-1]}, "{SEAL}": "{crc((text + of).encode())}"}}'
 
 
-def unsealed(line: bytes) -> dict[str, Any]:
-    """The object of a line that `sealed` or an older version wrote; ValueError for a damaged one."""
+def unsealed(line: bytes, of: str = "") -> dict[str, Any]:
+    """The object of a line that `sealed` or an older version wrote; ValueError for a damaged one, or one of something else."""
     found = json.loads(line)
     if not isinstance(found, dict):
         raise ValueError("no object")
-    if (said := found.pop(SEAL, None)) is not None and said != crc(json.dumps(found, ensure_ascii=False).encode()):
+    if (said := found.pop(SEAL, None)) is not None and said != crc((json.dumps(found, ensure_ascii=False) + of).encode()):
         raise ValueError("its checksum differs")
     return found
 

@@ -79,6 +79,7 @@ def convert_gguf(path: Path, name: str) -> Path:
         del written
         note_origin(out, origin)
         usual_rights(out)
+        shutil.rmtree(link, ignore_errors=True)  # before the last step: after that nobody would look for it
         put(out, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if folder.is_dir():  # another process was quicker

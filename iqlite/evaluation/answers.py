@@ -170,7 +170,7 @@ def _append(paths: Sequence[Path], answers: Sequence[Answer]) -> None:
     for path in paths if answers else ():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write("\n" + "".join(sealed(asdict(answer)) + "\n" for answer in answers))
+            file.write("\n" + "".join(sealed(asdict(answer), path.name) + "\n" for answer in answers))
 
 
 def _file_name(name: str) -> str:
@@ -183,9 +183,11 @@ def _read(path: Path) -> list[Answer]:
     if path.is_file():
         for line in path.read_bytes().split(b"\n"):
             try:
-                found += [Answer(**unsealed(line))] if line else []
+                found += [Answer(**unsealed(line, path.name))] if line else []
             except (ValueError, TypeError):
                 damaged += 1
     if damaged:  # or the line that a kill cut in two
-        warn(f"{path}: {damaged} of {len(found) + damaged} kept answers are damaged; what is needed of them is asked for again.")
+        warn(
+            f"{path}: {damaged} of {len(found) + damaged} kept answers are damaged or another's; what is needed of them is asked for again."
+        )
     return found

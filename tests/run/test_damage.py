@@ -151,6 +151,8 @@ def test_no_bit_of_a_sealed_line_flips_unseen() -> None:
     line = {"of": "0a", "seed": 0, "answer": "naïve \u2028 “x”"}
     data = sealed(line).encode()
     assert unsealed(data) == line and unsealed(json.dumps(line).encode()) == line
+    with pytest.raises(ValueError, match="checksum differs"):  # a whole line, of something else
+        unsealed(sealed(line, "base-0a.jsonl").encode(), "base-0b.jsonl")
     for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8

@@ -100,8 +100,8 @@ def judged(code: int, text: str, said: list[str], left: Callable[[], Any], refer
         return {"outcome": "refused in a sentence"} if said else {"wrong": "refused without a sentence", "detail": text[-600:]}
     try:
         found = left()
-    except (OSError, ValueError) as error:
-        return {"wrong": "nothing whole is left", "detail": f"{error} {text[-800:]}"}
+    except (OSError, ValueError) as error:  # a finished run doesn't make anew what it has lost
+        return {"outcome": "said, with a loss", "detail": str(error)} if said else {"wrong": "nothing whole is left", "detail": f"{error} {text[-800:]}"}  # fmt: skip
     if found == reference:
         return {"outcome": "said, the same result" if said else "not needed, the same result"}
     if said:
