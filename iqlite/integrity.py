@@ -18,6 +18,16 @@ MANIFEST = "manifest.json"
 SEAL = "crc"  # the key of a line's own checksum
 
 
+def of_the_disk(error: Exception) -> bool:
+    """True for what the system says of a file or a disk, also as safetensors, torch.save and tokenizers (which raises plain Exceptions) wrap it."""
+    from safetensors import SafetensorError
+
+    said = str(error)
+    return (
+        isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in said or (type(error) is Exception and "os error" in said)
+    )
+
+
 def put(making: Path, path: Path) -> None:
     """Puts a finished file, or a finished folder where none is, at `path`: after a power cut there is the old one or the whole new one."""
     _settle(making)

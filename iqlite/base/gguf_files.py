@@ -16,7 +16,7 @@ from typing import Any
 from iqlite.base.gguf_config import correct, loses_sizes
 from iqlite.base.gguf_header import gguf_header
 from iqlite.errors import BaseError, first_line
-from iqlite.integrity import put
+from iqlite.integrity import of_the_disk, put
 from iqlite.places import cache_folder, making, note_origin, usual_rights
 
 CONVERSION = 3  # raise it when the conversion changes, so that old caches aren't read
@@ -39,7 +39,6 @@ def convert_gguf(path: Path, name: str) -> Path:
         return folder
     architecture, fields, factors = told(files, name)
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from iqlite.base.gguf_proof import prove
@@ -81,15 +80,17 @@ def convert_gguf(path: Path, name: str) -> Path:
         usual_rights(out)
         shutil.rmtree(link, ignore_errors=True)  # before the last step: after that nobody would look for it
         put(out, folder)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+    except (ValueError, LookupError, NotImplementedError, RuntimeError, AttributeError, TypeError, ArithmeticError) as error:
+        raise BaseError(
+            f"base {name!r}: a GGUF of architecture {architecture!r} that transformers can't convert ({first_line(error)}); use the original model's folder."
+        ) from None
+    except Exception as error:
+        if not of_the_disk(error):
+            raise
         if folder.is_dir():  # another process was quicker
             return folder
         raise BaseError(
             f"base {name!r}: the conversion can't be written to {cache_folder()} ({error}); free some space or set IQLITE_CACHE."
-        ) from None
-    except (ValueError, LookupError, NotImplementedError, RuntimeError, AttributeError, TypeError, ArithmeticError) as error:
-        raise BaseError(
-            f"base {name!r}: a GGUF of architecture {architecture!r} that transformers can't convert ({first_line(error)}); use the original model's folder."
         ) from None
     finally:
         shutil.rmtree(link, ignore_errors=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iqlite.errors import RunError, first_line
-from iqlite.integrity import found_again, put, swap
+from iqlite.integrity import found_again, of_the_disk, put, swap
 from iqlite.places import check_no_link, exists
 
 
@@ -34,13 +34,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def explained(path: Path, again: str = "go on with --resume") -> Iterator[None]:
-    """Turns a full or read-only disk into a RunError. safetensors wraps the system's error in its own, which is no OSError."""
-    from safetensors import SafetensorError
-
+    """Turns a full or read-only disk into a RunError."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's own way to say it
+    except Exception as error:
+        if not of_the_disk(error):
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():
             raise RunError(f"{path}: no space left on its disk: free some space, then {again}.") from None

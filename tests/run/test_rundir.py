@@ -14,7 +14,7 @@ import torch
 from iqlite.errors import RecipeError, RunError
 from iqlite.recipe.schema import Recipe
 from iqlite.records import StepMetrics
-from iqlite.run.files import check_space, free_name
+from iqlite.run.files import check_space, explained, free_name
 from iqlite.run.journal import KEPT_CHECKPOINTS
 from iqlite.run.rundir import FORMAT, RunDir
 
@@ -142,3 +142,22 @@ def test_recipe_and_result_are_plain_files(run: RunDir, make_recipe: Callable[..
     run.write_result({"step": 3})
     assert json.loads((run.path / "result.json").read_text()) == {"step": 3}
     assert run.recipe().behavior == make_recipe().behavior
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_one_sentence_whichever_library_met_it(tmp_path: Path) -> None:
+    """tokenizers raises a plain Exception, torch a RuntimeError; a plain Exception of another kind stays itself."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    (tmp_path / "a.pt").symlink_to("/dev/full")
+    for write in (
+        lambda: Tokenizer(BPE()).save(str(tmp_path / "tokenizer.json")),
+        lambda: torch.save(torch.ones(9), tmp_path / "a.pt"),
+        lambda: (tmp_path / "a.pt").write_text("1"),
+    ):
+        with pytest.raises(RunError, match="no space left on its disk|can't be written"), explained(tmp_path):
+            write()
+    with pytest.raises(Exception, match="nobody foresaw"), explained(tmp_path):
+        raise Exception("nobody foresaw")
