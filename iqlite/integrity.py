@@ -23,9 +23,8 @@ def of_the_disk(error: Exception) -> bool:
     from safetensors import SafetensorError
 
     said = str(error)
-    return (
-        isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in said or (type(error) is Exception and "os error" in said)
-    )
+    by_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in said or "iostream error" in said)
+    return isinstance(error, (OSError, SafetensorError)) or by_torch or (type(error) is Exception and "os error" in said)
 
 
 def put(making: Path, path: Path) -> None:
