@@ -116,7 +116,7 @@ def export(
             quantize_with(tool, whole, path, str(quant))
             whole.unlink()
 
-    with explained(out, "free some space and export again"):
+    with explained(out, "export again"):
         out.parent.mkdir(parents=True, exist_ok=True)
         if to == "hf":
             with bytes_done(console, "writing", merge.bytes()) as wrote:
