@@ -238,7 +238,9 @@ class Policy:
 
         config = self.model.peft_config[name]
         as_it_is = config.inference_mode, config.target_modules
-        config.inference_mode, config.target_modules = True, sorted(config.target_modules)  # a set's order differs from process to process
+        config.inference_mode = True
+        if isinstance(config.target_modules, set):  # whose order differs from process to process
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
         config.inference_mode, config.target_modules = as_it_is
         save_file(self.state(name), folder / "adapter_model.safetensors", {"format": "pt"})  # of two keys the order would differ as well
