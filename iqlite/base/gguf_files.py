@@ -84,7 +84,7 @@ def convert_gguf(path: Path, name: str) -> Path:
         raise BaseError(
             f"base {name!r}: a GGUF of architecture {architecture!r} that transformers can't convert ({first_line(error)}); use the original model's folder."
         ) from None
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         if not of_the_disk(error):
             raise
         if folder.is_dir():  # another process was quicker

@@ -76,9 +76,8 @@ class Identity:
     def read(cls, folder: Path) -> Identity | None:
         """The identity beside an adapter that iqlite wrote; None for an adapter from elsewhere."""
         try:
-            return cls.from_record(json.loads((folder / IDENTITY_FILE).read_text("utf-8"))["base"])
-        except FileNotFoundError:
-            return None
+            found = _beside(folder)
+            return None if found is None else cls.from_record(found["base"])
         except (ValueError, KeyError, TypeError) as error:
             raise BaseError(f"{folder / IDENTITY_FILE} can't be read ({error}): delete it or save the adapter again.") from None
 
@@ -86,6 +85,22 @@ class Identity:
     def from_record(cls, fields: dict[str, Any]) -> Identity:
         """From what `asdict` wrote."""
         return cls(**{**fields, "weights": tuple(fields["weights"])})
+
+
+def saved_after(folder: Path) -> int | None:
+    """The step after which an adapter was saved; None where it doesn't say."""
+    try:
+        return int((_beside(folder) or {})["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _beside(folder: Path) -> Any:
+    """What `Identity.write` put beside an adapter; None where nothing is."""
+    try:
+        return json.loads((folder / IDENTITY_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

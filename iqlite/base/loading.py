@@ -111,8 +111,9 @@ def load_base(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    table_outside = embeddings == "host" and is_card(device)
     if is_card(device):
-        here_first = layers_outside or embeddings == "host"  # what stays here mustn't need room there on its way
+        here_first = layers_outside or table_outside  # what stays here mustn't need room there on its way
         options["device_map"] = {"": "cpu" if here_first else device.index if device.type == "cuda" else str(device)}
     tokenizer = read_tokenizer(source, name, revision)
     try:
@@ -135,11 +136,11 @@ def load_base(
     if not fuses_grouped_attention(device):
         repeat_keys(model)
     anatomy, streamed = Anatomy.of(model, name), None
-    stays = embed_on_host(model) if embeddings == "host" and is_card(device) else []
+    stays = embed_on_host(model) if table_outside else []
     if layers_outside:
         streamed = stream(model, anatomy.layers, layers_outside, device, cache_folder(), stays)
         anatomy = Anatomy.of(model, name)
-    elif embeddings == "host":
+    elif table_outside:
         move(model, device, but=stays)
     if quantization == "nf4" and not (streamed and device.type == "cpu"):
         let_go_of_files(model)

@@ -11,6 +11,7 @@ import functools
 import mmap
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ SLOTS = 2  # one in use, one on its way; our choice
 ALIGNED = 256  # bytes between which a slot's tensors begin, as the allocator would have them
 
 
-class Streamed:
+class Streamed(ABC):
     """The layers that come by. `visits` counts them: a pass of the weights visits each once. `loads` counts copies to a card, `moved` their bytes."""
 
     def __init__(self, layers: Sequence[nn.Module]):
@@ -57,8 +58,9 @@ class Streamed:
         down = at == self._last - 1 or (at == self._last and at == count - 1)
         return max(0, at - 1) if down else (at + 1) % count
 
+    @abstractmethod
     def _arrive(self, at: int, ahead: int) -> None:
-        raise NotImplementedError
+        """Makes a layer be there, and begins with the one that is likely to be next."""
 
 
 class Ring(Streamed):

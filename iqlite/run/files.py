@@ -37,7 +37,7 @@ def explained(path: Path, again: str = "go on with --resume") -> Iterator[None]:
     """Turns a full or read-only disk into a RunError."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         if not of_the_disk(error):
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in str(error).lower():

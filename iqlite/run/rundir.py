@@ -17,7 +17,7 @@ from typing import Any
 
 import tomli_w
 
-from iqlite.base.identity import ADAPTER_WEIGHTS, IDENTITY_FILE, Identity, check_adapter
+from iqlite.base.identity import ADAPTER_WEIGHTS, Identity, check_adapter, saved_after
 from iqlite.base.names import here
 from iqlite.errors import RunError, warn
 from iqlite.integrity import MANIFEST, drop, fault_in, found_again, manifest_of, put, seal, stamp, swap, write_manifest, write_whole
@@ -112,11 +112,10 @@ class RunDir(Journal):
 
     def step_of(self, adapter: Path) -> int:
         """The step after which one of the run's adapters was saved: metrics may be further on, after a resume that was killed."""
-        identity = adapter / IDENTITY_FILE
-        said = json.loads(identity.read_bytes()).get("step") if identity.is_file() else None
+        said = saved_after(adapter)
         if said is None and self.metrics():  # saved before adapters said so
             return int(self.metrics()[-1]["step"])
-        return int(said or 0)
+        return said or 0
 
     def steps_taken(self) -> int:
         """How many steps the run's adapter has behind it, 0 if it has none: a monitor's stop leaves the best one, of an earlier step."""

@@ -151,6 +151,8 @@ def test_the_best_adapter_has_its_own_held_out_figures(make_run: Callable[..., R
     found = [figures(run, folder) for folder in (run.adapter, run.best)]
     assert [one["held_out_kl_policy_superior"] for one in found] == [{"before": 1.0, "after": 0.7}, {"before": 1.0, "after": 0.4}]
     assert [one["steps"] for one in found] == [2, 1] and run.steps_taken() == 2
+    (run.adapter / IDENTITY_FILE).write_text("{")  # what doesn't say is taken to be where the metrics are
+    assert run.step_of(run.adapter) == 3
 
 
 def test_of_two_comparisons_of_one_adapter_the_larger_counts(make_run: Callable[..., RunDir]) -> None:

@@ -215,8 +215,8 @@ def test_the_same_adapter_is_the_same_bytes(tiny: Callable[..., Path], tmp_path:
         "folder = Path(sys.argv[2]); folder.mkdir(); Policy(load_base(sys.argv[1], 'none'), rank=2, alpha=4.0, seed=0).save_adapter(folder, step=3)"
     )
     found = []
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, "-c", program, str(tiny()), str(tmp_path / seed)], env=environment, check=True)
         found.append({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()})
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]

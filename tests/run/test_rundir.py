@@ -159,5 +159,7 @@ def test_a_full_disk_is_one_sentence_whichever_library_met_it(tmp_path: Path) ->
     ):
         with pytest.raises(RunError, match="no space left on its disk|can't be written"), explained(tmp_path):
             write()
-    with pytest.raises(Exception, match="nobody foresaw"), explained(tmp_path):
-        raise Exception("nobody foresaw")
+    unforeseen = Exception("nobody foresaw")
+    with pytest.raises(Exception, match="nobody foresaw") as raised, explained(tmp_path):
+        raise unforeseen
+    assert raised.value is unforeseen
