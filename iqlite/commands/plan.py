@@ -168,7 +168,7 @@ def _widths(plan: Plan, work: Work) -> str:
     widths = plan.widths
     rows = min(widths.rows, work.answers)
     kept = "; decodes with float32 matrices" if widths.fold else ""
-    return f"{rows} answers decoded, {widths.read_tokens} tokens read, {widths.update_tokens} with a gradient, {widths.chunk_tokens} through the head{kept}"
+    return f"{rows} answer{'s' * (rows != 1)} decoded, {widths.read_tokens} tokens read, {widths.update_tokens} with a gradient, {widths.chunk_tokens} through the head{kept}"
 
 
 def _short(seconds: float) -> str:
