@@ -17,6 +17,8 @@ from iqlite.errors import IqliteError
 RUNS = Path("runs")
 """Where runs go that nobody gives a place."""
 
+SAFETY = Path(__file__).parent / "data" / "safety.jsonl"
+"""The safety set that ships, in English; beside it those in other languages."""
 
 MADE_FROM = "made-from.json"
 """In a converted model's folder in the cache: the file or model that it was made from."""
@@ -104,3 +106,9 @@ def shipped_recipes() -> Path:
     """The recipes folder: inside an installed package, or beside it in a clone."""
     package = Path(__file__).parent
     return next(folder for folder in (package / "data" / "recipes", package.parent / "recipes") if folder.is_dir())
+
+
+def safety_set(name: Path) -> Path:
+    """A safety set that ships by its language (en, de, es), unless a file is called so; else the file itself."""
+    shipped = {"en": SAFETY, "de": SAFETY.with_name("safety-de.jsonl"), "es": SAFETY.with_name("safety-es.jsonl")}
+    return name if name.exists() else shipped.get(str(name), name)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from iqlite.commands.options import Base, Json, Which, there
 from iqlite.errors import RunError
+from iqlite.places import safety_set as shipped_safety_set
 from iqlite.terminal import Watch, clean, harmless, spark, table
 from iqlite.terminal import console as terminal
 
@@ -62,7 +63,12 @@ def compare(
     which: Which = "adapter",
     base: Base = None,
     safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Also: harm, over-refusal and bias before and after.")] = True,
-    safety_set: Annotated[Path | None, typer.Option(help="Your own safety set instead of the small one that ships.")] = None,
+    safety_set: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your own safety set instead of the small English one that ships, or de or es: one that ships in German or Spanish."
+        ),
+    ] = None,
     checkpoints: Annotated[
         bool,
         typer.Option(
@@ -77,6 +83,7 @@ def compare(
     """
     from iqlite.run.rundir import RunDir
 
+    safety_set = safety_set and shipped_safety_set(safety_set)
     runs = [RunDir.open(path, base) for path in paths]  # a fault in one is reported before torch is imported
     there(prompts=None if str(prompts) == "outside" else prompts, pairs=pairs, safety_set=safety_set)
     console = terminal(stderr=as_json)
@@ -203,7 +210,8 @@ def _show(console: Console, result: Comparison) -> None:
         ]
         console.print(table(f"{measure} by category", ["", "prompts", *map(clean, names), f"{TRAINED} beats base"], cells))
         if measure in MEASURES and measure != "shorter":
-            console.print(f"[dim]{measure} is read off English words: of other languages it tells little[/]")
+            languages = "English" if measure == "tone" else "English, German and Spanish"
+            console.print(f"[dim]{measure} is read off {languages} words: of other languages it tells little[/]")
 
 
 def _points(elo: float | None, sign: str) -> str:

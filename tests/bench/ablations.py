@@ -20,7 +20,7 @@ from pathlib import Path
 from iqlite.evaluation.curves import of_run
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import tone
-from tests.bench.methods import spread
+from tests.bench.methods_table import spread
 
 OUT = Path("runs/bench/ablations")
 RECIPE = "recipes/cheerful-135m.toml"

@@ -234,6 +234,8 @@ def goes_on(recipe: str, out: Path) -> int:
 
 def faults(folder: Path) -> dict[str, Any]:
     """Each way to fail, of a process that follows and of the one that leads."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's script starts what runs in its background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     jobs = (("kill", 2, 1), ("kill", 2, 0), ("kill", 3, 2), ("interrupt", 2, 0), ("memory", 2, 1), ("stop", 2, 1), ("stop", 2, 0))
     return {f"{kind}: process {victim} of {processes}": fails(folder, kind, processes, victim) for kind, processes, victim in jobs}
 

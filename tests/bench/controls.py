@@ -27,7 +27,7 @@ from iqlite.evaluation.curves import of_run
 from iqlite.recipe.reading import load_recipe
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import tone
-from tests.bench.methods import spread
+from tests.bench.methods_table import spread
 
 OUT, RECIPE = Path("runs/bench/controls"), Path("recipes/cheerful-135m.toml")
 UNRELATED = ("You always answer in the present tense.", "You always answer in the past tense.")

@@ -1,126 +1,186 @@
-"""Every method under one recipe, base, prompts, adapter shape and number of sampled tokens: one table. Goes on where it was interrupted.
+"""Every method under one recipe, base, prompts, adapter shape and number of sampled tokens: one table a behaviour.
 
-    python -m tests.bench.methods [--tasks cheerful concise] [--seeds 0 1 2] [--rate 1]
+    python -m tests.bench.methods cheerful untrained iqlite sft dpo [--seeds 0 1 2] [--rates 1]
+    python -m tests.bench.methods cheerful sdft --alphas 0 0.5 1 --rates 0.333 1 3 --seeds 0
+    python -m tests.bench.methods cheerful rloo grpo --groups 4 --rates 1 3 [--times 4]
+    python -m tests.bench.methods concise iqlite --set superior.strength=2
+    python -m tests.bench.methods cheerful table [--of iqlite sft …]
 
-Per task and training seed: `iqlite train`, then `iqlite compare RUN --with …`, which trains the baselines (SFT, DPO and SDFT by TRL, PPO)
-in the run. Score: the recipe's measure of answers to all held-out prompts, temperature 0.7, top-p 0.9. Win rates and Elo are iqlite's
-comparison's own, means over training seeds with (min..max). "At equal time": the score of the method's held-out samples (temperature 1)
-when the fastest method was done. Until 90 %: sampled tokens and minutes until nine tenths of a method's own gain are reached and kept.
-`--rate` multiplies every method's learning rate, iqlite's too: whether a method is behind because its rate was another's choice.
+Trains one variant after the other (`--rates` and `--times` multiply the recipe's learning rate and steps; `--set` changes the recipe) and lets
+it answer all held-out prompts, temperature 0.7 and top-p 0.9, with the noise of `iqlite compare`. `untrained`: base, superior, and the prompted
+base in each placement, with and without demonstrations where the recipe has some, at temperatures 0.7, 0 and 1. What is found is
+written to tests/bench/results/methods/TASK/, a file a variant and seed; what is there isn't done again. `table` prints it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import shutil
-import statistics
+import re
 import subprocess
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from iqlite.evaluation.curves import Point, until
+from iqlite.evaluation.answers import Answerer, collect, prompted_answerers
+from iqlite.evaluation.curves import of_baseline, of_run
+from iqlite.model.sampling import Sampler
+from iqlite.places import shipped_recipes
+from iqlite.recipe.reading import load_recipe
+from iqlite.recipe.schema import Recipe
+from iqlite.records import Prompts
+from iqlite.run.rundir import RunDir
+from iqlite.training.measuring import measured
+from iqlite.training.opening import open_session
+from iqlite.training.session import Session
+from tests.bench.methods_table import RESULTS, table
+from tests.bench.rivals import BY_REWARD, KINDS, Variant, overridden, train
+
+
+def is_answer(text: str) -> float:
+    """1 if the text is a JSON object with the one key "answer", and a text in it."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return 0.0
+    return float(
+        isinstance(found, dict) and list(found) == ["answer"] and isinstance(found["answer"], str) and bool(found["answer"].strip())
+    )
+
 
 OUT = Path("runs/bench/methods")
-METHODS = {"cheerful": "superior,sft,dpo,ppo,sdft", "concise": "superior,dpo,sdft"}
-EVERY = {"cheerful": 4, "concise": 6}
-UNTRAINED = ("base-", "prompted-", "superior-")  # whose answers are the same for every training seed
+BEHAVIOURS = Path(__file__).parent / "behaviours"
+SCORES: dict[str, Callable[[str], float]] = {"json": is_answer}  # behaviours that no measure of iqlite's sees
+FEW = 24  # held-out prompts of the curves, at temperature 1
+TEMPERATURES = (0.7, 0.0, 1.0)
 
 
-def run(task: str, seed: int, rate: float) -> tuple[dict[str, Any], dict[str, list[Point]]]:
-    """(comparison, curves) of one seed; what is there isn't done again."""
-    path, recipe = OUT / f"{task}-{seed}{suffix(rate)}", Path("recipes") / f"{task}-135m.toml"
-    command = [sys.executable, "-m", "iqlite"]
-    if not (path / "result.json").exists():
-        settings = [f"train.seed={seed}", f"train.eval_every={EVERY[task]}", "prompts.eval_count=24"]
-        if rate != 1:
-            settings.append(f"train.learning_rate={rate * tomllib.loads(recipe.read_text('utf-8'))['train']['learning_rate']:.3g}")
-        words = [part for setting in settings for part in ("--set", setting)]
-        resume = ["--resume"] if path.exists() else []
-        subprocess.run([*command, "train", str(recipe), "--out", str(path), *words, *resume], check=True)
-    (path / "answers").mkdir(exist_ok=True)
-    for file in OUT.glob(f"{task}-*/answers/*.jsonl"):
-        if file.name.startswith(UNTRAINED) and not (path / "answers" / file.name).exists():
-            shutil.copy(file, path / "answers")
-    compare = [*command, "compare", str(path), "--seeds", "1", "--json"]
-    done = subprocess.run([*compare, "--no-safety", "--with", METHODS[task]], check=True, stdout=subprocess.PIPE, text=True)
-    curves = json.loads(subprocess.run([*compare, "--checkpoints"], check=True, stdout=subprocess.PIPE, text=True).stdout)["curves"]
-    named = {name.partition(": ")[2] or "trained": [Point(**point) for point in points] for name, points in curves.items()}
-    return json.loads(done.stdout), named
+def recipe_of(task: str, variant: Variant | None = None, seed: int = 0) -> Recipe:
+    """The behaviour's recipe, shipped or beside this script, as a variant has it."""
+    path = next(p for p in (BEHAVIOURS / f"{task}.toml", shipped_recipes() / f"{task}-135m.toml") if p.is_file())
+    plain = load_recipe(path)
+    changed: dict[str, Any] = {"train.seed": seed, "judge.aim": False}
+    if variant:
+        steps = plain.train.steps or 0
+        changed |= {"train.learning_rate": plain.train.learning_rate * variant.rate, "train.steps": steps * variant.times}
+        changed |= {"train.eval_every": max(1, steps // 10) * variant.times, "prompts.eval_count": FEW}
+    return load_recipe(path, overridden(changed) + list(variant.settings if variant else ()))
 
 
-def suffix(rate: float) -> str:
-    """What a run at another learning rate has in its name."""
-    return "" if rate == 1 else f"-rate{rate:g}"
+def scores(task: str, session: Session, asked: Prompts, texts: list[str]) -> list[float]:
+    """Each answer's by the behaviour's measure."""
+    if task in SCORES:
+        return [SCORES[task](text) for text in texts]
+    return [round(float(score), 4) for score in measured(session, session.recipe.judge.measure, asked, texts)]
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """mean (min..max), or the one value."""
-    if len(values) == 1:
-        return form.format(values[0])
-    return f"{form.format(statistics.fmean(values))} ({form.format(min(values))}..{form.format(max(values))})"
+def answers_of(task: str, session: Session, who: Answerer, temperature: float) -> dict[str, Any]:
+    """Scores and words of its answers to all held-out prompts, in their order, how many ended, and how strange they are to the base."""
+    asked, recipe = session.asked_by(session.recipe.judge.measure), session.recipe
+    sampler = Sampler(0, recipe.rollout.max_new_tokens, temperature, 0.9 if temperature == TEMPERATURES[0] else 1.0, "compare")
+    answers = collect(session, None, who, asked.requests, [sampler], lambda _: None)[0]
+    texts = [answer.answer for answer in answers]
+    tokens = sum(answer.tokens for answer in answers)
+    return {
+        "scores": scores(task, session, asked, texts),
+        "words": [len(text.split()) for text in texts],
+        "ended": sum(answer.ended for answer in answers) / len(answers),
+        "nats": sum((answer.nll or 0.0) * answer.tokens for answer in answers) / max(1, tokens),
+        "kinds": list(asked.expected or ()),
+        "example": texts[0],
+    }
 
 
-def at_time(points: list[Point], seconds: float) -> float:
-    """The score of the last point that was there by then."""
-    return [point for point in points if point.seconds <= seconds + 1e-6][-1].score
+def untrained(task: str) -> None:
+    """Base, prompted base and superior."""
+    recipe = recipe_of(task)
+    session = open_session(recipe)
+    who = {"base": Answerer("base", "reference"), "superior": Answerer("superior", "superior")}
+    for one in prompted_answerers(session):
+        who[one.name.replace("prompted", "told")] = one
+        if one.description and one.description.demonstrations:
+            who[one.name.replace("prompted", "told") + ", no demonstrations"] = replace(
+                one, description=replace(one.description, demonstrations=())
+            )
+    for name, one in who.items():
+        answers = {f"{t:g}": answers_of(task, session, one, t) for t in (TEMPERATURES if one.role != "superior" else TEMPERATURES[:1])}
+        written(task, Variant(name), 0, {"answers": answers})
 
 
-def table(task: str, found: list[tuple[dict[str, Any], dict[str, list[Point]]]]) -> str:
-    """One task's Markdown table."""
-    first = found[0][0]
-    names = [measure["name"] for measure in first["measures"]]
-    lines = [f"### {task}, {len(found)} training seed{'s' * (len(found) > 1)}, {first['prompts']} held-out prompts", ""]
-    head = [first["measure"], "words", "wins of iqlite against it, %", "Elo", "base nats", "distinct-2", "sampled tokens", "minutes", "of iqlite's time", "at equal time", "until 90 %"]  # fmt: skip
-    lines += [f"| | {' | '.join(head)} |", "|" + " --- |" * (len(head) + 1)]
-    for name in names:
-        measures = [next(m for m in result["measures"] if m["name"] == name) for result, _ in found]
-        wins = [100 * c["win_rate"]["value"] for result, _ in found for c in result["contests"] if c["against"] == name]
-        cells = [
-            spread([m["score"] for m in measures], "{:.3f}"),
-            spread([m["words_median"] for m in measures], "{:.0f}"),
-            spread(wins, "{:.0f}") if wins else "",
-            spread([result["elo"][name]["value"] for result, _ in found], "{:+.0f}"),
-            spread([m["base_nll"] for m in measures], "{:.2f}"),
-            spread([m["distinct_2"] for m in measures], "{:.2f}"),
-        ]
-        curves = [curve[name] for _, curve in found if name in curve]
-        if curves:
-            mine = [curve["trained"][-1].seconds for _, curve in found if name in curve]
-            fastest = [min(points[-1].seconds for points in curve.values()) for _, curve in found if name in curve]
-            reached = [point for point in map(until, curves) if point is not None]
-            cells += [
-                spread([points[-1].tokens for points in curves], "{:.0f}"),
-                spread([points[-1].seconds / 60 for points in curves], "{:.1f}"),
-                spread([points[-1].seconds / own for points, own in zip(curves, mine, strict=True)], "{:.2f}"),
-                spread([at_time(points, limit) for points, limit in zip(curves, fastest, strict=True)], "{:.3f}"),
-                f"{spread([p.tokens for p in reached], '{:.0f}')} tokens, {spread([p.seconds / 60 for p in reached], '{:.1f}')} min"
-                if reached
-                else "nothing gained",
-            ]
-        else:
-            cells += [""] * 5
-        lines.append(f"| {'**iqlite**' if name == 'trained' else name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def trained(task: str, variant: Variant, seed: int) -> None:
+    """A variant, trained and asked."""
+    path = OUT / task / (re.sub(r"[^\w.=-]+", "_", str(variant)) + f"-{seed}")
+    recipe = recipe_of(task, variant, seed)
+    session = open_session(recipe_of(task))
+    placement = session.placement
+    if variant.method == "iqlite":
+        if not (path / "result.json").exists():
+            changed = {
+                "train.seed": seed,
+                "train.learning_rate": recipe.train.learning_rate,
+                "train.steps": recipe.train.steps,
+                "judge.aim": False,
+            }
+            changed |= {"train.eval_every": recipe.train.eval_every, "prompts.eval_count": FEW}  # fmt: skip
+            settings = [part for one in overridden(changed) + list(variant.settings) for part in ("--set", one)]
+            command = [sys.executable, "-m", "iqlite", "train", str(recipe.path), "--out", str(path), "--no-safety", *settings]
+            subprocess.run([*command, *(["--resume"] if path.exists() else [])], check=True)
+        run = RunDir.open(path)
+        curve, folder = of_run(run, SCORES.get(task)), run.trained("adapter")
+    else:
+        if not (path / "done").exists():
+            train(variant, recipe, placement, path)
+            (path / "done").touch()
+        curve, folder = of_baseline(path, 1.0, lambda text: scores(task, session, session.eval.some([0]), [text])[0]), path
+    session.policy.add_frozen("other", folder)
+    answers = {"0.7": answers_of(task, session, Answerer(str(variant), "other", of=str(folder)), 0.7)}
+    written(task, variant, seed, {"answers": answers, "curve": [asdict(point) for point in curve]})
+
+
+def written(task: str, variant: Variant, seed: int, found: dict[str, Any]) -> None:
+    """A file of its own."""
+    file = file_of(task, variant, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"name": str(variant), "method": variant.method, "seed": seed, **found}, ensure_ascii=False) + "\n", "utf-8")
+
+
+def file_of(task: str, variant: Variant, seed: int) -> Path:
+    """Where a variant's figures are kept."""
+    return RESULTS / task / (re.sub(r"[^\w.=-]+", "_", str(variant)).strip("_") + f"-{seed}.json")
+
+
+def variants(methods: Sequence[str], asked: argparse.Namespace) -> Iterator[Variant]:
+    """All that is asked for."""
+    for method, rate in itertools.product(methods, asked.rates):
+        alphas = asked.alphas if method == "sdft" else [None]
+        groups = asked.groups if method in BY_REWARD else [None]
+        for alpha, group in itertools.product(alphas, groups):
+            yield Variant(method, rate, asked.times, alpha, group, tuple(asked.set))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("task")
+    parser.add_argument("what", nargs="+", choices=["untrained", "iqlite", *KINDS, "table"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rate", type=float, default=1.0)
-    args = parser.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[Any]] = {task: [] for task in args.tasks}
-    for seed in args.seeds:
-        for task in args.tasks:
-            found[task].append(run(task, seed, args.rate))
-            text = "\n\n".join(table(name, results) for name, results in found.items() if results)
-            (OUT / f"{'-'.join(args.tasks)}{suffix(args.rate)}.md").write_text(text + "\n", "utf-8")
-            print(text, flush=True)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--alphas", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--groups", nargs="+", type=int, default=[4])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    asked = parser.parse_args()
+    if "untrained" in asked.what and not file_of(asked.task, Variant("superior"), 0).exists():
+        untrained(asked.task)
+    methods = [name for name in asked.what if name not in ("untrained", "table")]
+    for seed in asked.seeds:
+        for variant in variants(methods, asked):
+            if not file_of(asked.task, variant, seed).exists():
+                trained(asked.task, variant, seed)
+    if "table" in asked.what:
+        print(table(asked.task))
 
 
 if __name__ == "__main__":

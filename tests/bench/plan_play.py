@@ -1,6 +1,7 @@
 """`plan` beside a played card: peaks of each phase at the widths that it chooses, for the shipped recipes on cards of 6 to 24 GB.
 
     python -m tests.bench.plan_play [--only harmless-7b …] [--gb 8 …] [--whole] [--out FOLDER]
+    python -m tests.bench.plan_play --larger    # the models of docs/memory.md that are larger than their card: layers are streamed, all are played
 
 No numbers and no card: shapes only (tests/card). Two and three layers are played, each on a card with as much memory as `plan` says that so many
 need, and all layers are reckoned from these, since each adds as much as the one before; --whole plays all of them. Writes plan_play.json
@@ -23,19 +24,24 @@ from tests.card.shapes import FREE, Played, config_of, of_context, planned_for, 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = [path.stem for path in sorted(RECIPES.glob("*.toml")) if "135m" not in tomllib.loads(path.read_text("utf-8"))["model"]["base"]]
 FEW = (2, 3)
+LARGER = (("meta-llama/Llama-3.1-8B-Instruct", 4.0), ("meta-llama/Llama-2-13b-chat-hf", 6.0), ("Qwen/Qwen2.5-32B-Instruct", 12.0))
+STREAMED = ("model.offload=auto", "model.embeddings=host")
 
 
-def cell(name: str, gb: float, *, whole: bool) -> dict[str, Any]:
-    """A recipe on a card of that size: GiB by phase, without the driver's context and what bitsandbytes keeps in pages."""
-    path = RECIPES / f"{name}.toml"
-    recipe = load_recipe(path, [])
-    work, plan = planned_for(recipe, recipe.model.base, gb)
-    found: dict[str, Any] = {"recipe": name, "gb": gb, "whole": whole, "fits": plan.peak <= FREE * gb * GIB, "widths": vars(plan.widths)}
+def cell(name: str, gb: float, *, whole: bool, base: str = "") -> dict[str, Any]:
+    """A recipe on a card of that size: GiB by phase, without the driver's context and what bitsandbytes keeps in pages. With `base`, that
+    model in the recipe's place, streamed as far as it must be."""
+    path, settings = RECIPES / f"{name}.toml", STREAMED if base else ()
+    recipe = load_recipe(path, list(settings))
+    base = base or recipe.model.base
+    work, plan = planned_for(recipe, base, gb)
+    shown = f"{base.rpartition('/')[2]}, {work.streamed} layers streamed" if settings else name
+    found: dict[str, Any] = {"recipe": shown, "gb": gb, "whole": whole, "fits": plan.peak <= FREE * gb * GIB, "widths": vars(plan.widths)}
     if not found["fits"]:
         return found
-    plays = [play(path, gb)] if whole else [play(path, gb, layers=few) for few in FEW]
+    plays = [play(path, gb, *settings, base=base, layers=layers) for layers in ((0,) if whole else FEW)]
     allocated = [{peak.phase: peak.allocated for peak in played.peaks} for played in plays]
-    shape = Shape.of(config_of(recipe.model.base), recipe.model.base)
+    shape = Shape.of(config_of(base), base)
     planned, last = of_context(estimate(shape, work, plan.widths)), plays[-1]
     pages = last.paged * (1 if whole else shape.layers / FEW[-1])
     found["phases"] = {
@@ -78,16 +84,17 @@ def main() -> None:
     parser.add_argument("--gb", nargs="+", type=float, default=[6, 8, 12, 24])
     parser.add_argument("--whole", action="store_true", help="all layers")
     parser.add_argument("--out", type=Path, default=Path("tests/bench/results"))
+    parser.add_argument("--larger", action="store_true", help="models larger than their card")
     args = parser.parse_args()
     file = args.out / "plan_play.json"
-    for name in args.only:
-        for gb in args.gb:
-            found = cell(name, gb, whole=args.whole)
-            print(json.dumps(found), flush=True)
-            record = json.loads(file.read_text("utf-8")) if file.exists() else []
-            record = [one for one in record if (one["recipe"], one["gb"], one["whole"]) != (name, gb, args.whole)] + [found]
-            file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-            (args.out / "plan_play.md").write_text(markdown(record), "utf-8")
+    cells = [("harmless-7b", gb, base) for base, gb in LARGER] if args.larger else [(name, gb, "") for name in args.only for gb in args.gb]
+    for name, gb, base in cells:
+        found = cell(name, gb, whole=args.whole or args.larger, base=base)
+        print(json.dumps(found), flush=True)
+        record = json.loads(file.read_text("utf-8")) if file.exists() else []
+        record = [one for one in record if any(one[key] != found[key] for key in ("recipe", "gb", "whole"))] + [found]
+        file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (args.out / "plan_play.md").write_text(markdown(record), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,107 @@
-"""The strongest form of each rival: SDFT at its divergences and rates, RLOO and GRPO on METHOD's sequence reward (7), on the demo's task.
+"""The methods that iqlite is compared with, each in the form that is asked for, trained under a recipe: `tests.bench.methods` has the command.
 
-    python -m tests.bench.rivals sdft [--alphas 0 0.5 1] [--rates 0.333 1 3] [--seeds 0 1 2] [--steps 20]
-    python -m tests.bench.rivals rloo grpo [--groups 2 4] [--rates 0.333 1 3] [--steps 20]
-
-Base, prompts, adapter shape, optimizer, schedule, sampling and answers a step are those of the recipe (as in `iqlite compare --with`); `--rates`
-multiply its learning rate. α = 0 is forward KL, 1 reverse KL. RLOO's and GRPO's reward is R(y) = β·Σ_t log(π̃/π_ref), their KL weight β, the step's answers
-split into groups of the same prompt. Tone: 24 held-out answers at temperature 1. A folder a variant under runs/bench/rivals: goes on where it
-was interrupted; the table has every variant that is there.
+SFT, DPO, SDFT and PPO as `iqlite compare --with` trains them; SDFT also at another divergence (α = 0 is forward KL, 1 reverse KL); RLOO and GRPO,
+TRL's, on METHOD's sequence reward (7): R(y) = β·Σ_t log(π̃/π_ref), their KL weight β, the step's answers split into groups of the same prompt.
+Base, prompts, adapter shape, optimizer, schedule and sampling are the recipe's for all.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import re
-from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from iqlite.base.loading import Base
 from iqlite.baselines import trl_trainers
-from iqlite.baselines.ppo import token_logps
-from iqlite.evaluation.curves import of_baseline, until
-from iqlite.recipe.reading import load_recipe
+from iqlite.baselines.ppo import token_logps, train_ppo
+from iqlite.device import let_go
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Rollout
 from iqlite.run.journal import Journal
-from iqlite.scoring.measures import tone
 from iqlite.training.opening import open_session
 from iqlite.training.readings import read
 from iqlite.training.session import Session
-from tests.bench.methods import spread
 
-OUT, RECIPE = Path("runs/bench/rivals"), Path("recipes/cheerful-135m.toml")
+BY_REWARD = ("rloo", "grpo")
+KINDS = ("sft", "dpo", "sdft", "ppo", *BY_REWARD)
+ORIGINAL = trl_trainers._trainer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method in one form: `rate` and `times` multiply the recipe's learning rate and steps, `alpha` is SDFT's divergence, `group` RLOO's and
+    GRPO's answers a prompt, `settings` what else is changed in the recipe."""
+
+    method: str
+    rate: float = 1.0
+    times: int = 1
+    alpha: float | None = None
+    group: int | None = None
+    settings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        more = [] if self.alpha is None else [f"α {self.alpha:g}"]
+        more += [] if self.group is None else [f"groups of {self.group}"]
+        more += [f"rate × {self.rate:g}"] * (self.rate != 1) + [f"steps × {self.times}"] * (self.times != 1)
+        return ", ".join([self.method, *more, *self.settings])
+
+
+def train(variant: Variant, recipe: Recipe, placement: str, folder: Path) -> None:
+    """Trains it into `folder`, from where it was interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Journal(folder)
+
+    def say(line: str) -> None:
+        print(folder.name, line, flush=True)
+
+    with work.held():
+        if variant.method == "ppo":
+            session = open_session(recipe, placement=placement)
+            train_ppo(session, work, lambda at, total, values: say(f"step {at}/{total}, return {values['return']:+.3f}"))
+        else:
+            name = "sdft" if variant.method in BY_REWARD else variant.method
+            with mock.patch.object(trl_trainers, "_trainer", functools.partial(trainer_of, variant, placement)):
+                trl_trainers.train_by_trl(name, recipe, placement, work, say)
+    let_go()
+
+
+def trainer_of(
+    variant: Variant, placement: str, name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], folder: Path, *, per_step: int, steps: int
+) -> Any:  # fmt: skip
+    """In `trl_trainers._trainer`'s place."""
+    if variant.method not in BY_REWARD:
+        trainer = ORIGINAL(name, recipe, base, rows, folder, per_step=per_step, steps=steps)
+        if variant.alpha is not None:
+            trainer.args.distillation_alpha = variant.alpha
+        return trainer
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    config, trained = {"rloo": (trl.RLOOConfig, trl.RLOOTrainer), "grpo": (trl.GRPOConfig, trl.GRPOTrainer)}[variant.method]
+    beta = 1 / recipe.superior.settings()["strength"]
+    session = open_session(recipe, placement=placement)
+    options = dict(
+        output_dir=str(folder / trl_trainers.TRAINER), max_steps=steps, per_device_train_batch_size=per_step, num_generations=variant.group,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="steps", save_steps=recipe.train.checkpoint_every,
+        save_total_limit=1, report_to="none", seed=recipe.train.seed, disable_tqdm=True, max_grad_norm=recipe.train.max_grad_norm,
+        max_completion_length=recipe.rollout.max_new_tokens, temperature=recipe.rollout.temperature, top_p=recipe.rollout.top_p, beta=beta,
+    )  # fmt: skip
+    lora = LoraConfig(r=recipe.adapter.rank, lora_alpha=recipe.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = functools.partial(reward, session, beta)
+    given.__name__ = "superior"  # type: ignore[attr-defined]
+    asked = [{"prompt": row["prompt"]} for row in rows]
+    trainer = trained(
+        model=base.model, reward_funcs=given, args=config(**options), train_dataset=Dataset.from_list(asked), processing_class=base.tokenizer, peft_config=lora
+    )  # fmt: skip
+    trainer.teacher_context_builder = SimpleNamespace()  # `train_by_trl` tells SDFT's how to place the description
+    return trainer
 
 
 def reward(session: Session, beta: float, prompts: list[list[dict[str, str]]], completion_ids: list[list[int]], **__: Any) -> list[float]:
@@ -51,95 +117,6 @@ def reward(session: Session, beta: float, prompts: list[list[dict[str, str]]], c
     return [beta * float(total) for total in ((superior_BT - reference_BT) * mask_BT).sum(-1)]
 
 
-def trainer_of(variant: dict[str, Any], name: str, recipe: Recipe, base: Base, rows: list[dict[str, Any]], folder: Path, *, per_step: int, steps: int) -> Any:  # fmt: skip
-    """In `trl_trainers._trainer`'s place."""
-    if variant["method"] == "sdft":
-        trainer = ORIGINAL(name, recipe, base, rows, folder, per_step=per_step, steps=steps)
-        trainer.args.distillation_alpha = variant["alpha"]
-        return trainer
-    import trl
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    config, trained = {"rloo": (trl.RLOOConfig, trl.RLOOTrainer), "grpo": (trl.GRPOConfig, trl.GRPOTrainer)}[variant["method"]]
-    beta = 1 / recipe.superior.settings()["strength"]
-    session = open_session(recipe, placement="user", say=lambda _: None)
-    options = dict(
-        output_dir=str(folder / trl_trainers.TRAINER), max_steps=steps, per_device_train_batch_size=per_step, num_generations=variant["group"],
-        use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="steps", save_steps=recipe.train.checkpoint_every,
-        save_total_limit=1, report_to="none", seed=recipe.train.seed, disable_tqdm=True, max_grad_norm=recipe.train.max_grad_norm,
-        max_completion_length=recipe.rollout.max_new_tokens, temperature=recipe.rollout.temperature, top_p=recipe.rollout.top_p, beta=beta,
-    )  # fmt: skip
-    lora = LoraConfig(r=recipe.adapter.rank, lora_alpha=recipe.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    given = functools.partial(reward, session, beta)
-    given.__name__ = "superior"  # type: ignore[attr-defined]
-    told = [{"prompt": row["prompt"]} for row in rows]
-    return trained(
-        model=base.model, reward_funcs=given, args=config(**options), train_dataset=Dataset.from_list(told), processing_class=base.tokenizer, peft_config=lora
-    )  # fmt: skip
-
-
-ORIGINAL = trl_trainers._trainer
-
-
-def train(variant: dict[str, Any], seed: int) -> Path:
-    """The variant's folder, trained now unless it is."""
-    path = OUT / ("-".join(f"{key}={value}" for key, value in variant.items()) + f"-seed={seed}")
-    done = path / "baseline.json"
-    if not done.exists():
-        path.mkdir(parents=True, exist_ok=True)
-        rate = load_recipe(RECIPE).train.learning_rate * variant["rate"]
-        steps = variant["steps"]
-        settings = {"train.seed": seed, "train.steps": steps, "train.eval_every": steps // 5, "prompts.eval_count": 24, "train.learning_rate": rate, "behavior.placement": "user"}  # fmt: skip
-        recipe = load_recipe(RECIPE, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-        trl_trainers._trainer = functools.partial(trainer_of, variant)
-        work = Journal(path)
-        with work.held():
-            took = trl_trainers.train_by_trl("sdft", recipe, "user", work, lambda line: print(path.name, line, flush=True))
-        done.write_text(json.dumps(took))
-    return path
-
-
-def table() -> str:
-    """Every variant that is there, the best tone first."""
-    found: dict[str, list[Any]] = defaultdict(list)
-    for path in sorted(OUT.glob("*/baseline.json")):
-        found[re.sub(r"-seed=\d+", "", path.parent.name)].append(of_baseline(path.parent, 1.0, tone))
-    lines = ["| variant | seeds | tone before | tone after | best on the way | words | tokens | minutes | until 90 % |", "|" + " --- |" * 9]
-    for name, curves in sorted(found.items(), key=lambda pair: -sum(c[-1].score for c in pair[1]) / len(pair[1])):
-        reached = [point for point in map(until, curves) if point is not None]
-        cells = [
-            str(len(curves)),
-            spread([c[0].score for c in curves], "{:.3f}"),
-            spread([c[-1].score for c in curves], "{:.3f}"),
-            spread([max(p.score for p in c) for c in curves], "{:.3f}"),
-            spread([c[-1].words for c in curves], "{:.0f}"),
-            spread([c[-1].tokens for c in curves], "{:.0f}"),
-            spread([c[-1].seconds / 60 for c in curves], "{:.1f}"),
-            f"{spread([p.tokens for p in reached], '{:.0f}')} tokens" if reached else "nothing gained",
-        ]
-        lines.append(f"| {name.replace('-', ', ')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", choices=["sdft", "rloo", "grpo"])
-    parser.add_argument("--alphas", nargs="+", type=float, default=[0.0, 0.5, 1.0])
-    parser.add_argument("--groups", nargs="+", type=int, default=[4])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 0.333, 3.0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
-    for seed in args.seeds:
-        for method in args.methods:
-            for rate in args.rates:
-                for value in args.alphas if method == "sdft" else args.groups:
-                    choice = {"alpha": value} if method == "sdft" else {"group": value}
-                    train({"method": method, **choice, "rate": rate, "steps": args.steps}, seed)
-                    (OUT / "rivals.md").write_text(table(), "utf-8")
-    print(table())
-
-
-if __name__ == "__main__":
-    main()
+def overridden(recipe: dict[str, Any]) -> list[str]:
+    """Settings as `--set` takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in recipe.items()]

@@ -15,6 +15,7 @@ from iqlite.base.identity import IDENTITY_FILE
 from iqlite.evaluation.answers import Answer
 from iqlite.evaluation.safety import Item, changes, load_items, measured, worse
 from iqlite.export.card import warnings
+from iqlite.places import safety_set
 from iqlite.records import StepMetrics
 from iqlite.run.findings import adapter_digest, figures
 from iqlite.run.rundir import RunDir
@@ -79,6 +80,21 @@ def test_the_set_that_ships_is_whole() -> None:
     kinds = [item.kind for item in items]
     assert kinds.count("harmful") == kinds.count("harmless") == 64 and kinds.count("group") == 24
     assert len({item.prompt for item in items}) == len(items)
+
+
+@pytest.mark.parametrize("language", ["de", "es"])
+def test_other_languages_ship_and_are_reported_apart(language: str, iqlite: Callable[..., Any], make_run: Callable[..., RunDir]) -> None:
+    items = load_items(safety_set(Path(language)))
+    kinds = [item.kind for item in items]
+    assert kinds.count("harmful") == kinds.count("harmless") == 32 and kinds.count("group") == 24
+    assert len({item.prompt for item in items}) == len(items) and {item.language for item in items} == {language}
+    run = make_run()
+    code, out, err = iqlite("compare", run.path, "--seeds", "1", "--count", "2", "--safety-set", language, "--json")
+    assert code == 0, err
+    safe = json.loads(out)["safety"]
+    assert safe["set"] == f"a small {'German' if language == 'de' else 'Spanish'} set" and safe["figures"]["trained"]["harmful"] == 32
+    assert safe["figures"]["base"]["tone_gap"] is None and safe["figures"]["base"]["refusal_gap"] is not None  # VADER reads English
+    assert (run.path / f"safety.safety-{language}.jsonl.json").is_file() and not (run.path / "safety.json").exists()
 
 
 def test_compare_measures_it_and_merge_and_export_pass_it_on(
