@@ -18,20 +18,23 @@ import argparse
 import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from iqlite.evaluation.answers import Answerer, collect, prompted_answerers
-from iqlite.evaluation.curves import of_baseline, of_run
+from iqlite.evaluation.curves import Point, of_run
 from iqlite.model.sampling import Sampler
 from iqlite.places import shipped_recipes
 from iqlite.recipe.reading import load_recipe
 from iqlite.recipe.schema import Recipe
 from iqlite.records import Prompts
+from iqlite.run.journal import SAMPLES, Journal
 from iqlite.run.rundir import RunDir
 from iqlite.training.measuring import measured
 from iqlite.training.opening import open_session
@@ -110,6 +113,22 @@ def untrained(task: str) -> None:
         written(task, Variant(name), 0, {"answers": answers})
 
 
+def curve_of(task: str, session: Session, folder: Path) -> list[Point]:
+    """A rival's held-out answers on the way, by the behaviour's measure."""
+    work, by_step = Journal(folder), defaultdict(list)
+    at = {0: (0.0, 0.0)} | {line["step"]: (line["tokens"], line["seconds"]) for line in work.metrics()}
+    for line in work.lines(SAMPLES):
+        by_step[line["step"]].append(line["answer"])
+    found = []
+    for step, texts in sorted(by_step.items()):
+        values = scores(task, session, session.eval.some(range(len(texts))), texts)
+        error = statistics.stdev(values) / len(values) ** 0.5
+        words = statistics.fmean(len(text.split()) for text in texts)
+        tokens, seconds = at[step]
+        found.append(Point(step, float(step), tokens, seconds, statistics.fmean(values), error, words))
+    return found
+
+
 def trained(task: str, variant: Variant, seed: int) -> None:
     """A variant, trained and asked."""
     path = OUT / task / (re.sub(r"[^\w.=-]+", "_", str(variant)) + f"-{seed}")
@@ -134,7 +153,7 @@ def trained(task: str, variant: Variant, seed: int) -> None:
         if not (path / "done").exists():
             train(variant, recipe, placement, path)
             (path / "done").touch()
-        curve, folder = of_baseline(path, 1.0, lambda text: scores(task, session, session.eval.some([0]), [text])[0]), path
+        curve, folder = curve_of(task, session, path), path
     session.policy.add_frozen("other", folder)
     answers = {"0.7": answers_of(task, session, Answerer(str(variant), "other", of=str(folder)), 0.7)}
     written(task, variant, seed, {"answers": answers, "curve": [asdict(point) for point in curve]})
