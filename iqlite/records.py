@@ -141,3 +141,6 @@ class StepMetrics:
 
 HELD_OUT_KL = "eval/kl_policy_superior"
 """The metric that says how far the policy is from its target on prompts that it wasn't trained on, nats a token."""
+
+HELD_OUT_KL_SE = f"{HELD_OUT_KL}_se"
+"""Its standard error, by answers."""

@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from iqlite.machine.ranks import ALONE
 from iqlite.method.loss import TokenStatistics
 from iqlite.model.sampling import SPOKEN_TEMPERATURE, SPOKEN_TOP_P, Sampler
-from iqlite.records import Messages, Prompts, Rollout, StepMetrics
+from iqlite.records import HELD_OUT_KL_SE, Messages, Prompts, Rollout, StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import HARMLESS
 from iqlite.training.measuring import by_kind, measured
@@ -39,9 +41,12 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         if prompts is None:
             continue
         asked, rollout = answered(session, "policy", name, prompts)
-        found = describe(rollout, session.score(rollout, weights="base"))
+        statistics = session.score(rollout, weights="base")
+        found = describe(rollout, statistics)
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
+        if name == "eval":
+            values[HELD_OUT_KL_SE] = error_by_answers(statistics.values["kl/policy_superior"], rollout)
         answers[name] = asked, [session.chat.text(rollout.response_ids(row)) for row in range(len(asked))]
         if name != "outside":
             thoughts += [session.chat.thought(rollout.response_ids(row)) for row in range(len(asked))]
@@ -126,6 +131,16 @@ def describe(rollout: Rollout, statistics: TokenStatistics) -> dict[str, float]:
         "response/truncated_share": 1.0 - ended,
         "response/repetition": repetition([rollout.response_ids(row) for row in range(len(rollout.index))]),
     }
+
+
+def error_by_answers(value_n: torch.Tensor, rollout: Rollout) -> float:
+    """The standard error of a mean over tokens [n], whose tokens come by answers: that of a ratio estimate (Cochran 1977, equation 6.13); 0 for one answer."""
+    mask_BT = rollout.learned_BT if bool(rollout.learned_BT.any()) else rollout.mask_BT
+    count_B = mask_BT.sum(-1)
+    sum_B = torch.stack([part.sum() for part in torch.split(value_n.double(), count_B.tolist())])
+    beside_B = (sum_B - value_n.double().mean() * count_B)[count_B > 0]
+    answers = len(beside_B)
+    return float((beside_B.square().sum() * answers / (answers - 1)).sqrt() / count_B.sum()) if answers > 1 else 0.0
 
 
 def repetition(responses: list[list[int]], n: int = 3) -> float:

@@ -10,12 +10,12 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from iqlite.records import HELD_OUT_KL
+from iqlite.records import HELD_OUT_KL, HELD_OUT_KL_SE
 from iqlite.scoring.intervals import FEWEST, paired
 
 FIRST = 3  # steps that say what is normal for this run
@@ -23,10 +23,11 @@ PATIENCE = 3  # steps, or evaluations, in a row before a rule stops the run
 PATIENCE_MEASURE = 2  # evaluations in a row that score below the base
 NO_GRADIENT = 1e-6
 WORSE = 1.25  # times the best held-out KL; less is the noise of a few answers
+BEYOND_NOISE = 2.0  # standard errors of a difference of two held-out KLs
 SWING = 0.25  # of the first KL; smaller ups and downs are the noise of a few answers
 ROUNDING = 1e-3  # nats a token; a KL that is zero but for rounding never gets worse
 IMPROVEMENT = 0.01  # relative fall of the held-out KL that counts as getting better
-NO_NUMBER = {"best_kl": math.inf, "best_measure": -math.inf}  # before the first evaluation; JSON has no infinity
+NO_NUMBER = {"best_kl": math.inf, "settled_kl": math.inf, "best_measure": -math.inf}  # before the first evaluation; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Monitors:
     warned: list[str] = field(default_factory=list)
     best_step: int = 0
     best_kl: float = math.inf
-    since_best: int = 0
+    best_error: float = 0.0
+    settled_step: int = 0
+    settled_kl: float = math.inf
+    since_settled: int = 0
     base_scores: list[float] = field(default_factory=list)
     base_measure: str = ""
     best_measure: float = -math.inf
@@ -92,10 +96,11 @@ class Monitors:
         kl = values[HELD_OUT_KL]
         lower, worse, one_sided = self._behind(scores, kinds)
         better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
+        error = values.get(HELD_OUT_KL_SE, 0.0)
         if better:
-            self.best_kl, self.best_step, self.since_best = kl, step, 0
-        else:
-            self.since_best += 1
+            self.best_kl, self.best_error, self.best_step = kl, error, step
+        noise = BEYOND_NOISE * math.hypot(error, self.best_error)
+        self._settled(step, kl, error)
         self._measured(scores)
         verdicts = [
             self._rule(
@@ -111,7 +116,7 @@ class Monitors:
             ),
             self._rule(
                 "held-out",
-                not kl <= WORSE * self.best_kl + ROUNDING,
+                not kl <= max(WORSE * self.best_kl + ROUNDING, self.best_kl + noise),
                 "the held-out KL(policy‖superior) is getting worse",
                 stop_after=PATIENCE,
                 warn_after=2,
@@ -121,10 +126,9 @@ class Monitors:
         if "outside/kl_policy_reference" in values:
             bad = self._degraded("outside", values) or values["outside/kl_policy_reference"] > self.max_kl_reference
             verdicts.append(self._rule("outside", bad, "answers outside the domain are getting worse", stop_after=PATIENCE))
-        if self.until_converged and self.since_best >= PATIENCE and (not scores or self.since_measure >= PATIENCE):
-            verdicts.append(
-                Verdict("converged", f"converged: the held-out KL(policy‖superior) hasn't fallen since step {self.best_step}", stop=True)
-            )
+        if self.until_converged and self.since_settled >= PATIENCE and (not scores or self.since_measure >= PATIENCE):
+            why = f"converged: the held-out KL(policy‖superior) hasn't fallen beyond its noise since step {self.settled_step}"
+            verdicts.append(Verdict("converged", why, stop=True))
         return better, [v for v in verdicts if v is not None]
 
     def judged_by(self, measure: str, base_scores: Sequence[float]) -> None:
@@ -140,8 +144,9 @@ class Monitors:
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Monitors:
-        """What `state` returned, as it was."""
-        return cls(**{**state, **{name: blank for name, blank in NO_NUMBER.items() if state.get(name) is None}})
+        """What `state` returned, as it was; what an older version didn't keep is as at the beginning."""
+        known = {one.name for one in fields(cls)} - {name for name in NO_NUMBER if state.get(name) is None}
+        return cls(**{name: value for name, value in state.items() if name in known})
 
     def _behind(self, scores: Sequence[float], kinds: Sequence[str]) -> tuple[bool, bool, bool]:
         """Of paired scores: (lower than the base's by more than a standard error, in all or of any kind; beyond chance in all; of any kind)."""
@@ -155,10 +160,18 @@ class Monitors:
             beyond.append(len(some_p) >= FEWEST and paired(some_p[:, None]).high < 0)
         return any(lower), beyond[0], any(beyond)
 
+    def _settled(self, step: int, kl: float, error: float) -> None:
+        """How many evaluations it is since the held-out KL fell by more than a standard error."""
+        if kl < self.settled_kl * (1 - IMPROVEMENT) - error if math.isfinite(self.settled_kl) else math.isfinite(kl):
+            self.settled_step, self.settled_kl, self.since_settled = step, kl, 0
+        else:
+            self.since_settled += 1
+
     def _measured(self, scores: Sequence[float]) -> None:
-        """How many evaluations it is since the measure was at its highest."""
+        """How many evaluations it is since the measure rose by more than a standard error."""
         mean = statistics.fmean(scores) if scores else -math.inf
-        if mean > self.best_measure:
+        error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+        if mean > self.best_measure + error:
             self.best_measure, self.since_measure = mean, 0
         else:
             self.since_measure += 1

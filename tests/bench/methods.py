@@ -69,7 +69,8 @@ def recipe_of(task: str, variant: Variant | None = None, seed: int = 0) -> Recip
     if variant:
         steps = plain.train.steps or 0
         changed |= {"train.learning_rate": plain.train.learning_rate * variant.rate, "train.steps": steps * variant.times}
-        changed |= {"train.eval_every": max(1, steps // 10) * variant.times, "prompts.eval_count": FEW}
+        points = 10 if variant.method == "iqlite" else 5  # of the curve; iqlite is at the mark soonest
+        changed |= {"train.eval_every": max(2, steps // points) * variant.times, "prompts.eval_count": FEW}
     return load_recipe(path, overridden(changed) + list(variant.settings if variant else ()))
 
 
@@ -155,7 +156,8 @@ def trained(task: str, variant: Variant, seed: int) -> None:
             (path / "done").touch()
         curve, folder = curve_of(task, session, path), path
     session.policy.add_frozen("other", folder)
-    answers = {"0.7": answers_of(task, session, Answerer(str(variant), "other", of=str(folder)), 0.7)}
+    who = Answerer(str(variant), "other", of=str(folder))
+    answers = {f"{temperature:g}": answers_of(task, session, who, temperature) for temperature in TEMPERATURES[:2]}
     written(task, variant, seed, {"answers": answers, "curve": [asdict(point) for point in curve]})
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from iqlite.evaluation.curves import Point, until
 from iqlite.scoring.intervals import paired, wilson
 
+MINE = "iqlite"
 RESULTS = Path(__file__).parent / "results" / "methods"
 ABOVE = {"cheerful": 0.1}  # the mark: so much more than the prompted base at temperature 1, at its better placement
-HEAD = ("words", "nats", "wins of iqlite, %", "sampled tokens", "minutes", "until 90 % of its own gain", "until the mark")
+HEAD = ("seeds", "score", "wins of iqlite, %", "score, greedy", "wins of iqlite, greedy, %", "words", "nats", "sampled tokens", "minutes", "until 90 % of its own gain", "until the mark")  # fmt: skip
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -43,29 +44,29 @@ def mark_of(task: str, records: Sequence[dict[str, Any]]) -> float:
 
 
 def table(task: str) -> str:
-    """Markdown: a row a variant, the best score first; over the training seeds that were run, mean (min..max); ± over prompts."""
+    """Markdown: a row a variant, the best score first; over the training seeds that were run, mean (min..max); "to" is an interval over prompts."""
     records = [json.loads(file.read_bytes()) for file in sorted((RESULTS / task).glob("*.json"))]
     by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        for temperature, answers in record["answers"].items():
-            if temperature != "1":
-                by_name[record["name"] + ", greedy" * (temperature == "0")].append(record | {"at": answers})
-    mine = {one["seed"]: one["at"]["scores"] for one in by_name["iqlite"]}
+        by_name[record["name"]].append(record)
     mark = mark_of(task, records)
-    lines = [f"The mark is {mark:.3f}.", "", f"| | seeds | score | {' | '.join(HEAD)} |", "|" + " --- |" * (len(HEAD) + 3)]
-    for name, found in sorted(by_name.items(), key=lambda pair: -statistics.fmean(float(np.mean(one["at"]["scores"])) for one in pair[1])):
-        seeds = sorted({one["seed"] for one in found})
+    lines = [f"The mark is {mark:.3f}.", "", f"| | {' | '.join(HEAD)} |", "|" + " --- |" * (len(HEAD) + 1)]
+    order = {name: -statistics.fmean(float(np.mean(one["answers"]["0.7"]["scores"])) for one in found) for name, found in by_name.items()}
+    for name, found in sorted(by_name.items(), key=lambda pair: order[pair[0]]):
         is_trained = "curve" in found[0]
-        at = [one["at"] for one in found]
-        cells = [str(len(seeds)) if is_trained else "", score(at), spread([float(np.median(one["words"])) for one in at], "{:.0f}")]
-        cells += [spread([one["nats"] for one in at], "{:.2f}"), "" if name == "iqlite" else wins(mine, found, trained=is_trained)]
+        cells = [str(len(found)) if is_trained else ""]
+        for temperature in ("0.7", "0"):
+            at = [one["answers"][temperature] for one in found if temperature in one["answers"]]
+            cells += [score(at) if at else "", "" if name == MINE or not at else wins(by_name[MINE], found, temperature)]
+        at = [one["answers"]["0.7"] for one in found]
+        cells += [spread([float(np.median(one["words"])) for one in at], "{:.0f}"), spread([one["nats"] for one in at], "{:.2f}")]
         if is_trained:
             curves = [[Point(**point) for point in one["curve"]] for one in found]
             cells += [spread([c[-1].tokens for c in curves], "{:,.0f}"), spread([c[-1].seconds / 60 for c in curves], "{:.1f}")]
             cells += [when([until(c) for c in curves]), when([reached(c, mark) for c in curves])]
         else:
             cells += [""] * 4
-        lines.append(f"| {'**iqlite**' if name == 'iqlite' else name} | {' | '.join(cells)} |")
+        lines.append(f"| {'**iqlite**' if name == MINE else name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -78,15 +79,19 @@ def score(answers: Sequence[dict[str, Any]]) -> str:
     return text if len(means) == 1 else f"{text}; {min(means):.3f}..{max(means):.3f}"
 
 
-def wins(mine: dict[int, list[float]], found: Sequence[dict[str, Any]], *, trained: bool) -> str:
-    """How often iqlite's answer is the better one, at the same seed or, of what isn't trained, at each; ties are halves; Wilson's interval over all answers."""
-    pairs = [(mine[one["seed"]], one["at"]["scores"]) for one in found if one["seed"] in mine] if trained else [(own, found[0]["at"]["scores"]) for own in mine.values()]  # fmt: skip
-    if not pairs:
+def wins(mine: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], temperature: str) -> str:
+    """How often iqlite's answer is the better one at that temperature, at the same training seed or, of what isn't trained, at each; ties are halves.
+    Wilson's interval over prompts."""
+    scores = {one["seed"]: one["answers"][temperature]["scores"] for one in mine if temperature in one["answers"]}
+    other = {one["seed"]: one["answers"][temperature]["scores"] for one in found if temperature in one["answers"]}
+    if "curve" not in found[0]:
+        other = dict.fromkeys(scores, other[0])
+    seeds = scores.keys() & other.keys()
+    if not seeds:
         return ""
-    own, other = (np.array([pair[side] for pair in pairs]) for side in (0, 1))
-    won = ((own > other) + 0.5 * (own == other)).mean(0)  # a prompt's, over seeds
-    share = wilson(float(won.sum()), len(won))
-    return f"{100 * share.value:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
+    ours, theirs = (np.array([side[seed] for seed in seeds]) for side in (scores, other))
+    won = ((ours > theirs) + 0.5 * (ours == theirs)).mean(0)  # a prompt's, over seeds
+    return wilson(float(won.sum()), len(won)).percent().replace(" %", "")
 
 
 def when(points: Sequence[Point | None]) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from iqlite.records import HELD_OUT_KL
+from iqlite.records import HELD_OUT_KL, HELD_OUT_KL_SE, Rollout
+from iqlite.training.evaluating import error_by_answers
 from iqlite.training.monitors import Monitors, Verdict
 
 FINE = {
@@ -105,6 +108,20 @@ def test_convergence_stops_only_where_it_is_asked_for() -> None:
         assert rules(flat) == [[], [], [], [], [("converged", True)] if asked else []]
 
 
+def test_the_noise_of_a_few_short_answers_neither_stops_a_run_nor_counts_as_getting_better() -> None:
+    """The held-out KLs of a real run to one short sentence, 24 answers of 20 tokens: all went well in it."""
+    kls = (0.634, 0.564, 0.658, 0.642, 0.495, 0.353, 0.515, 0.470, 0.518)
+    for error, stops in ((0.0, True), (0.07, False)):
+        monitors = Monitors(5.0)
+        seen = [monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL_SE: error})[1] for step, kl in enumerate(kls)]
+        assert any(v.stop for verdicts in seen for v in verdicts) == stops
+    for error, settled in ((0.0, 6), (0.02, 2)):
+        monitors = Monitors(5.0, until_converged=True)
+        for step, kl in enumerate((1.0, 0.7, 0.5, 0.497, 0.494, 0.489, 0.484)):
+            monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL_SE: error})
+        assert monitors.settled_step == settled
+
+
 def test_damage_outside_the_domain_is_watched() -> None:
     monitors = Monitors(5.0)
     rows = [{"outside/kl_policy_reference": 0.1}] * 3 + [{"outside/kl_policy_reference": 6.0}] * 3
@@ -115,6 +132,7 @@ def test_damage_outside_the_domain_is_watched() -> None:
 def test_state_survives_json() -> None:
     monitors = Monitors(5.0, until_converged=True)
     assert Monitors.restore(json.loads(json.dumps(monitors.state()))) == monitors
+    assert Monitors.restore(monitors.state() | {"since_best": 3}) == monitors  # of an older version
     feed(monitors, [{"policy/entropy": 0.1}] * 2)
     monitors.after_eval(1, {HELD_OUT_KL: 0.5})
     again = Monitors.restore(json.loads(json.dumps(monitors.state())))
@@ -143,3 +161,22 @@ def test_more_right_refusals_dont_pay_for_wrong_ones() -> None:
         assert [best for best, _ in seen] == [better] * 2
         assert rules([verdicts for _, verdicts in seen]) == ([[], []] if better else [[("one kind", False)], []])
     assert Monitors(5.0, base_scores=base).after_eval(0, {HELD_OUT_KL: 0.5}, sly)[0]  # without kinds the sum is all that counts
+
+
+def test_the_error_of_a_mean_over_tokens_goes_by_answers() -> None:
+    """Answers of one length: the textbook's error of their means. Of many lengths: a bootstrap over answers."""
+    draws = np.random.default_rng(0)
+
+    def error(values: list[np.ndarray]) -> float:
+        width = max(map(len, values))
+        mask_BT = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in values])
+        zeros = torch.zeros(mask_BT.shape, dtype=torch.int64)
+        rollout = Rollout(tuple(range(len(values))), ((),) * len(values), ((),) * len(values), zeros, mask_BT, mask_BT[:, 0])
+        return error_by_answers(torch.tensor(np.concatenate(values)), rollout)
+
+    alike = [draws.normal(draws.normal(), 1, 9) for _ in range(20)]
+    assert error(alike) == pytest.approx(np.std([row.mean() for row in alike], ddof=1) / 20**0.5)
+    many = [draws.normal(draws.normal(), 1, draws.integers(2, 30)) for _ in range(60)]
+    again = [np.concatenate([many[row] for row in draws.integers(0, 60, 60)]).mean() for _ in range(4000)]
+    assert error(many) == pytest.approx(np.std(again), rel=0.1)
+    assert error(many[:1]) == 0
