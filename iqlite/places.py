@@ -109,6 +109,6 @@ def shipped_recipes() -> Path:
 
 
 def safety_set(name: Path) -> Path:
-    """A safety set that ships by its language (en, de, es), unless a file is called so; else the file itself."""
-    shipped = {"en": SAFETY, "de": SAFETY.with_name("safety-de.jsonl"), "es": SAFETY.with_name("safety-es.jsonl")}
-    return name if name.exists() else shipped.get(str(name), name)
+    """A safety set that ships by its language (de, es), unless a file is called so; else the file itself."""
+    shipped = {language: SAFETY.with_name(f"safety-{language}.jsonl") for language in ("de", "es")}
+    return name if name.is_file() else shipped.get(str(name), name)

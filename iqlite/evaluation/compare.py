@@ -28,7 +28,7 @@ from iqlite.evaluation.figures import (
     wins_by_score,
 )
 from iqlite.evaluation.judges import Human, ModelJudge, RewardModel, without_password
-from iqlite.evaluation.safety import Item, check, load_items
+from iqlite.evaluation.safety import Item, check, load_items, name_of
 from iqlite.machine.sizes import within_memory
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.prompts import load_asked
@@ -270,7 +270,7 @@ def _rewarded(answers: Answers, asked: Prompts, judge: RewardModel, watch: Watch
 def _safety(
     session: Session, run: RunDir, who: dict[str, Answerer], items: Sequence[Item], question: Question, watch: Watch
 ) -> dict[str, Any]:
-    own = question.safety_set.name if question.safety_set else ""
+    own = name_of(question.safety_set)
     with (
         within_memory(session.recipe, "in that file, and compare again"),
         watch.counting("safety", len(who) * len(items)) as count,

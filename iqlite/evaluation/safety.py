@@ -29,7 +29,7 @@ from iqlite.terminal import clean, table
 from iqlite.training.order import spread
 from iqlite.training.session import Session
 
-LANGUAGES = {"safety-de.jsonl": "German", "safety-es.jsonl": "Spanish"}  # the sets that ship beside the English one
+LANGUAGES = {"de": "German", "es": "Spanish"}  # of the sets that ship beside the English one
 KINDS = ("harmful", "harmless", "group")
 TOKENS = 48
 AT_THE_END = 24  # requests of either kind that a run asks at its end: a dozen or two seconds for a small model; our choice
@@ -48,10 +48,17 @@ class Item:
     language: str = "en"
 
 
+def name_of(path: Path | None) -> str:
+    """What a run's files and its card call a set: nothing for the English one that ships, the language of another that ships, else its file name."""
+    if path is None:
+        return ""
+    return LANGUAGES[path.stem.partition("-")[2]] if path.parent == SAFETY_SET.parent else path.name
+
+
 def load_items(path: Path | None = None) -> list[Item]:
     """The English set that ships, or another: JSON lines with `kind` and `prompt`, `group` where the kind is group, and `language` where it isn't English ("en")."""
     file = path or SAFETY_SET
-    language = file.stem.partition("-")[2] if file.parent == SAFETY_SET.parent and file.name in LANGUAGES else "en"
+    language = next((short for short, name in LANGUAGES.items() if name_of(path) == name), "en")
     found = []
     try:
         lines = file.read_text("utf-8-sig").split("\n")
@@ -97,7 +104,7 @@ def check(
 ) -> dict[str, Any]:
     """Figures of each answerer by name, greedy answers; what got worse from the first to the last; written into the run.
 
-    `adapter` is the digest of the run's adapter `which`, whose figures these are; `own` is the file name of a user's set, kept beside the shipped one's;
+    `adapter` is the digest of the run's adapter `which`, whose figures these are; `own` is another set's `name_of`, kept beside the shipped English one's;
     `some` are the numbers of the items that are asked, all without it.
     """
     index = list(range(len(items)) if some is None else some)
@@ -110,7 +117,7 @@ def check(
     found: dict[str, Any] = {name: measured(given, items) for name, given in answers.items()}
     first, *_, last = answers
     changed = changes(answers[first], answers[last], items)
-    of_set = f"the set {own}" if own and own not in LANGUAGES else f"a small {LANGUAGES.get(own, 'English')} set"
+    of_set = f"a small {own or 'English'} set" if own in ("", *LANGUAGES.values()) else f"the set {own}"
     result = {
         "adapter_sha256": adapter,
         "set": of_set + ("" if some is None else f", {len(items)} of it"),
@@ -130,7 +137,7 @@ def measured(answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, Any]
     harmful, harmless = (values_of(answers, items, kind, measure) for kind, measure in (("harmful", compliance), ("harmless", refusal)))
     tones, refused = (values_of(answers, items, "group", measure) for measure in (tone, refusal))
     groups = [item.group for item in items if item.kind == "group"]
-    english = all(item.language == "en" for item in items)
+    english = _in_english(items)
     return {
         "harmful_compliance": asdict(wilson(float(harmful.sum()), len(harmful))) if len(harmful) else None,
         "over_refusal": asdict(wilson(float(harmless.sum()), len(harmless))) if len(harmless) else None,
@@ -140,6 +147,11 @@ def measured(answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, Any]
         "harmful": len(harmful),
         "harmless": len(harmless),
     }
+
+
+def _in_english(items: Sequence[Item]) -> bool:
+    """Whether the answers about groups are, whose tone VADER reads."""
+    return all(item.language == "en" for item in items if item.kind == "group")
 
 
 def values_of(answers: Sequence[Answer], items: Sequence[Item], kind: str, measure: Callable[[str], float]) -> Array:
@@ -170,7 +182,7 @@ def changes(before: Sequence[Answer], after: Sequence[Answer], items: Sequence[I
         ("refusal_gap", "group", refusal, functools.partial(gap, groups=groups)),
     ):
         was_N, is_N = (values_of(answers, items, kind, measure) for answers in (before, after))
-        if len(was_N):
+        if len(was_N) and (measure is not tone or _in_english(items)):
             found[key] = _grown(was_N, is_N, figure)
     return found
 

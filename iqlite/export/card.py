@@ -182,7 +182,8 @@ def _safety_table(safety: Mapping[str, Any]) -> list[str]:
         return "" if figure is None else form.format(figure["value"] if isinstance(figure, dict) else figure)
 
     lines = [f"| | {' | '.join(map(plain, figures))} |", "| --- |" + " --- |" * len(figures)]
-    lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in rows.items()]
+    asked = {what: (key, form) for what, (key, form) in rows.items() if first[key] is not None}
+    lines += [f"| {what} | {' | '.join(cell(one[key], form) for one in figures.values())} |" for what, (key, form) in asked.items()]
     return [*lines, "", f"Measured on {safety['set']}, by rules: it warns, it doesn't certify.", ""]
 
 

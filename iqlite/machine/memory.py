@@ -19,7 +19,10 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a byte a block of 64; a flo
 CONTEXT = {"cuda": 480 * MIB, "cpu": 395 * MIB}  # CUDA context and kernels; a process after its imports. Measured on the CPU
 WORKSPACES = 2 * 8519680  # bytes that cuBLAS keeps for each of two streams, ours and the one that graphs are recorded on
 PAGES = 3 * 20 * MIB  # what a card's allocator holds in pages that aren't full; it gives whole ones back. By play
-FRAGMENTATION = 1.30  # of what comes and goes, what a CPU's allocator holds beyond it. Measured
+FRAGMENTATION = {
+    "cpu": 1.30,
+    "cuda": 1.15,
+}  # of what comes and goes, what an allocator holds with it: a CPU's (measured), a card's where layers are streamed (by play)
 CHUNK_BESIDE = 5.25  # [chunk, V] float32 tensors alive at once in the chunked loss, beside one of each reading
 CHUNK_COPIES = {"more": 9, "cpu": 14}  # all of them, at least: with contrary prompts or capped logits, and on a CPU (measured)
 LOGIT_COPIES = 5  # [rows, V] float32 tensors alive at once while a token is chosen
@@ -146,8 +149,8 @@ def estimate(shape: Shape, work: Work, widths: Widths) -> Plan:
     phases = {}
     for name in PHASES:
         found = {term: size for term, size in terms[name](shape, work, widths).items() if size}
-        if work.device == "cpu":
-            found["fragmentation"] = sum(found.values()) * (FRAGMENTATION - 1)
+        if work.device == "cpu" or work.streamed:
+            found["fragmentation"] = sum(found.values()) * (FRAGMENTATION[work.device] - 1)
         phases[name] = found
     return Plan(widths, _stays(shape, work), phases)
 

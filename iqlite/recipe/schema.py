@@ -206,7 +206,9 @@ class Train(Table):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter, the data order and the sampling.")
     eval_every: int = Field(5, ge=1, le=Most, description="Steps between evaluations on the held-out prompts.")
     checkpoint_every: int = Field(10, ge=1, le=Most, description="Steps between checkpoints to resume from.")
-    until_converged: bool = Field(False, description="Stop when the held-out KL(policy‖superior) no longer falls.")
+    until_converged: bool = Field(
+        False, description="Stop when the held-out KL(policy‖superior) no longer falls and the measure no longer rises, beyond their noise."
+    )
     max_kl_reference: float = Field(5.0, gt=0, description="Stop when the mean KL(policy‖reference), nats a token, exceeds this.")
 
 

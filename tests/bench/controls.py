@@ -4,7 +4,7 @@
 
 swapped           the demo's two descriptions, the other way round: the tone must fall
 unrelated         two descriptions that say nothing about the tone: it must stay
-same twice        the wanted description in both places: the target is the base, so nothing may be learned
+same twice        the wanted description in both places, once without its full stop (the very same is refused): nothing of the tone may be learned
 sharpened base    no descriptions: the base at temperature 1/2 as target, by full KL. What comes of unlikely tokens pushed down, whatever they say
 unlikely punished no descriptions: −1 for each sampled token that the policy gave less than 0.1, else 0, by policy gradient (arXiv 2608.31046)
 policy gradient   the method with that objective, to stand beside it
@@ -41,7 +41,7 @@ def settings_of(name: str) -> dict[str, object]:
     texts = {
         "swapped": (behavior.unwanted, behavior.wanted),
         "unrelated": UNRELATED,
-        "same twice": (behavior.wanted, behavior.wanted),
+        "same twice": (behavior.wanted, (behavior.wanted or "").removesuffix(".")),
     }.get(name, (behavior.wanted, behavior.unwanted))
     objective = "policy-gradient" if name in ("policy gradient", "unlikely punished") else "full-kl"
     return {"behavior.wanted": texts[0], "behavior.unwanted": texts[1], "behavior.placement": "user", "objective.name": objective}

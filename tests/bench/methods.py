@@ -8,7 +8,7 @@
 
 Trains one variant after the other (`--rates` and `--times` multiply the recipe's learning rate and steps; `--set` changes the recipe) and lets
 it answer all held-out prompts, temperature 0.7 and top-p 0.9, with the noise of `iqlite compare`. `untrained`: base, superior, and the prompted
-base in each placement, with and without demonstrations where the recipe has some, at temperatures 0.7, 0 and 1. What is found is
+base in each placement, with and without demonstrations where the recipe has some, at temperatures 0.7, 0 and 1 (the superior at 0.7). What is found is
 written to tests/bench/results/methods/TASK/, a file a variant and seed; what is there isn't done again. `table` prints it.
 """
 
@@ -38,6 +38,7 @@ from iqlite.run.journal import SAMPLES, Journal
 from iqlite.run.rundir import RunDir
 from iqlite.training.measuring import measured
 from iqlite.training.opening import open_session
+from iqlite.training.order import spread
 from iqlite.training.session import Session
 from tests.bench.methods_table import RESULTS, table
 from tests.bench.rivals import BY_REWARD, KINDS, Variant, overridden, train
@@ -110,6 +111,8 @@ def untrained(task: str) -> None:
                 one, description=replace(one.description, demonstrations=())
             )
     for name, one in who.items():
+        if file_of(task, Variant(name), 0).exists():
+            continue
         answers = {f"{t:g}": answers_of(task, session, one, t) for t in (TEMPERATURES if one.role != "superior" else TEMPERATURES[:1])}
         written(task, Variant(name), 0, {"answers": answers})
 
@@ -122,7 +125,7 @@ def curve_of(task: str, session: Session, folder: Path) -> list[Point]:
         by_step[line["step"]].append(line["answer"])
     found = []
     for step, texts in sorted(by_step.items()):
-        values = scores(task, session, session.eval.some(range(len(texts))), texts)
+        values = scores(task, session, session.eval.some(spread(range(len(session.eval)), len(texts))), texts)
         error = statistics.stdev(values) / len(values) ** 0.5
         words = statistics.fmean(len(text.split()) for text in texts)
         tokens, seconds = at[step]
@@ -132,7 +135,7 @@ def curve_of(task: str, session: Session, folder: Path) -> list[Point]:
 
 def trained(task: str, variant: Variant, seed: int) -> None:
     """A variant, trained and asked."""
-    path = OUT / task / (re.sub(r"[^\w.=-]+", "_", str(variant)) + f"-{seed}")
+    path = OUT / task / file_of(task, variant, seed).stem
     recipe = recipe_of(task, variant, seed)
     session = open_session(recipe_of(task))
     placement = session.placement
@@ -142,9 +145,10 @@ def trained(task: str, variant: Variant, seed: int) -> None:
                 "train.seed": seed,
                 "train.learning_rate": recipe.train.learning_rate,
                 "train.steps": recipe.train.steps,
+                "train.eval_every": recipe.train.eval_every,
+                "prompts.eval_count": FEW,
                 "judge.aim": False,
             }
-            changed |= {"train.eval_every": recipe.train.eval_every, "prompts.eval_count": FEW}  # fmt: skip
             settings = [part for one in overridden(changed) + list(variant.settings) for part in ("--set", one)]
             command = [sys.executable, "-m", "iqlite", "train", str(recipe.path), "--out", str(path), "--no-safety", *settings]
             subprocess.run([*command, *(["--resume"] if path.exists() else [])], check=True)
@@ -170,7 +174,7 @@ def written(task: str, variant: Variant, seed: int, found: dict[str, Any]) -> No
 
 def file_of(task: str, variant: Variant, seed: int) -> Path:
     """Where a variant's figures are kept."""
-    return RESULTS / task / (re.sub(r"[^\w.=-]+", "_", str(variant)).strip("_") + f"-{seed}.json")
+    return RESULTS / task / (re.sub(r"[^\w.=-]+", "_", str(variant), flags=re.ASCII).strip("_") + f"-{seed}.json")
 
 
 def variants(methods: Sequence[str], asked: argparse.Namespace) -> Iterator[Variant]:
@@ -193,7 +197,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", type=int, default=[4])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     asked = parser.parse_args()
-    if "untrained" in asked.what and not file_of(asked.task, Variant("superior"), 0).exists():
+    if "untrained" in asked.what:
         untrained(asked.task)
     methods = [name for name in asked.what if name not in ("untrained", "table")]
     for seed in asked.seeds:

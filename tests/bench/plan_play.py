@@ -1,7 +1,7 @@
 """`plan` beside a played card: peaks of each phase at the widths that it chooses, for the shipped recipes on cards of 6 to 24 GB.
 
     python -m tests.bench.plan_play [--only harmless-7b …] [--gb 8 …] [--whole] [--out FOLDER]
-    python -m tests.bench.plan_play --larger    # the models of docs/memory.md that are larger than their card: layers are streamed, all are played
+    python -m tests.bench.plan_play --larger    # instead the models of docs/memory.md that are larger than their card: layers are streamed, all are played
 
 No numbers and no card: shapes only (tests/card). Two and three layers are played, each on a card with as much memory as `plan` says that so many
 need, and all layers are reckoned from these, since each adds as much as the one before; --whole plays all of them. Writes plan_play.json

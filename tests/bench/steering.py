@@ -17,12 +17,11 @@ import json
 from typing import Any
 
 import numpy as np
+import torch
 from steering_vectors import train_steering_vector
 
-from iqlite.baselines.trl_trainers import _answers
 from iqlite.evaluation.answers import base_nll
-from iqlite.records import Messages
-from iqlite.training.measuring import rollout_of
+from iqlite.records import Messages, Prompts, Rollout
 from iqlite.training.opening import open_session
 from iqlite.training.session import Session
 from tests.bench.methods import file_of, recipe_of, scores, written
@@ -46,16 +45,33 @@ def pairs(session: Session, requests: list[Messages]) -> list[tuple[str, str]]:
     return found
 
 
-def figures(task: str, session: Session, requests: list[Messages], texts: list[str]) -> dict[str, Any]:
+def answered(session: Session, requests: list[Messages]) -> Rollout:
+    """By generate(), with whatever hooks the model has; the recipe's length, temperature 0.7, top-p 0.9."""
+    chat, model = session.chat, session.policy.base.model
+    ids = [chat.ids(request) for request in requests]
+    longest, pad = max(map(len, ids)), chat.stop_ids[0]
+    rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    with torch.no_grad():
+        torch.manual_seed(0)
+        out = model.generate(
+            input_ids=rows, attention_mask=mask, max_new_tokens=session.recipe.rollout.max_new_tokens, do_sample=True, temperature=0.7,
+            top_p=0.9, top_k=0, eos_token_id=list(chat.stop_ids), pad_token_id=pad,
+        )[:, longest:]  # fmt: skip
+    ends_BT = torch.isin(out, torch.tensor(chat.stop_ids))
+    mask_BT = ends_BT.long().cumsum(-1) - ends_BT.long() == 0  # up to the first end, with it
+    return Rollout(tuple(range(len(ids))), tuple(requests), tuple(map(tuple, ids)), out, mask_BT, (ends_BT & mask_BT).any(-1))
+
+
+def figures(task: str, session: Session, asked: Prompts, rollout: Rollout) -> dict[str, Any]:
     """As `tests.bench.methods` keeps them; without hooks."""
-    rollout = rollout_of(session, requests, texts)
-    nats, tokens = base_nll(session, rollout), rollout.mask_BT.sum(-1).tolist()
+    texts = [session.chat.text(rollout.response_ids(row)) for row in range(len(asked))]
     return {
-        "scores": scores(task, session, session.eval, texts),
+        "scores": scores(task, session, asked, texts),
         "words": [len(text.split()) for text in texts],
-        "ended": 0.0,
-        "nats": float(np.average([0.0 if value != value else value for value in nats], weights=tokens)),
-        "kinds": [],
+        "ended": float(rollout.ended_B.float().mean()),
+        "nats": float(np.average(base_nll(session, rollout), weights=rollout.mask_BT.sum(-1).tolist())),
+        "kinds": list(asked.expected or ()),
         "example": texts[0],
     }
 
@@ -70,18 +86,16 @@ def main() -> None:
     model, train = session.policy.base.model, list(session.train.requests)
     told = json.loads(file_of(asked.task, Variant(f"told ({session.placement} turn)"), 0).read_bytes())["answers"]["0.7"]
     given = pairs(session, train[:ASKED])
-    rollout = session.recipe.rollout.model_copy(update={"temperature": 0.7, "top_p": 0.9})
-    sampled = session.recipe.model_copy(update={"rollout": rollout})
     model.eval()  # its adapter is untouched: the base
     vector = train_steering_vector(model, session.chat.tokenizer, given, layers=asked.layers)
 
-    def steered(layer: int, multiplier: float, requests: list[Messages]) -> dict[str, Any]:
+    def steered(layer: int, multiplier: float, prompts: Prompts) -> dict[str, Any]:
         one = type(vector)({layer: vector.layer_activations[layer]})
         with one.apply(model, multiplier=multiplier):
-            texts = _answers(model, session.chat, requests, sampled)
-        return figures(asked.task, session, requests, texts)
+            rollout = answered(session, list(prompts.requests))
+        return figures(asked.task, session, prompts, rollout)
 
-    tried, some = {}, train[ASKED:][:CHOSEN_ON]
+    tried, some = {}, session.train.some(range(ASKED, ASKED + CHOSEN_ON))
     for layer, multiplier in itertools.product(asked.layers, asked.multipliers):
         found = steered(layer, multiplier, some)
         tried[layer, multiplier] = float(np.mean(found["scores"])), found["nats"]
@@ -90,7 +104,7 @@ def main() -> None:
     for name, of in (("steering", tried), ("steering, no stranger than told", sane)):
         if of:
             layer, multiplier = max(of, key=lambda key: of[key][0])
-            answers = steered(layer, multiplier, list(session.eval.requests))
+            answers = steered(layer, multiplier, session.eval)
             written(asked.task, Variant(f"{name} (layer {layer}, × {multiplier:g})"), 0, {"answers": {"0.7": answers}})
 
 

@@ -94,7 +94,7 @@ def test_other_languages_ship_and_are_reported_apart(language: str, iqlite: Call
     safe = json.loads(out)["safety"]
     assert safe["set"] == f"a small {'German' if language == 'de' else 'Spanish'} set" and safe["figures"]["trained"]["harmful"] == 32
     assert safe["figures"]["base"]["tone_gap"] is None and safe["figures"]["base"]["refusal_gap"] is not None  # VADER reads English
-    assert (run.path / f"safety.safety-{language}.jsonl.json").is_file() and not (run.path / "safety.json").exists()
+    assert (run.path / f"safety.{'German' if language == 'de' else 'Spanish'}.json").is_file() and not (run.path / "safety.json").exists()
 
 
 def test_compare_measures_it_and_merge_and_export_pass_it_on(
