@@ -4,7 +4,7 @@
     python -m tests.bench.methods cheerful sdft --alphas 0 0.5 1 --rates 0.333 1 3 --seeds 0
     python -m tests.bench.methods cheerful rloo grpo --groups 4 --rates 1 3 [--times 4]
     python -m tests.bench.methods concise iqlite --set superior.strength=2
-    python -m tests.bench.methods cheerful table [--of iqlite sft …]
+    python -m tests.bench.methods cheerful table
 
 Trains one variant after the other (`--rates` and `--times` multiply the recipe's learning rate and steps; `--set` changes the recipe) and lets
 it answer all held-out prompts, temperature 0.7 and top-p 0.9, with the noise of `iqlite compare`. `untrained`: base, superior, and the prompted
@@ -32,7 +32,6 @@ from iqlite.evaluation.curves import Point, of_run
 from iqlite.model.sampling import Sampler
 from iqlite.places import shipped_recipes
 from iqlite.recipe.reading import load_recipe
-from iqlite.recipe.schema import Recipe
 from iqlite.records import Prompts
 from iqlite.run.journal import SAMPLES, Journal
 from iqlite.run.rundir import RunDir
@@ -41,7 +40,7 @@ from iqlite.training.opening import open_session
 from iqlite.training.order import spread
 from iqlite.training.session import Session
 from tests.bench.methods_table import RESULTS, table
-from tests.bench.rivals import BY_REWARD, KINDS, Variant, overridden, train
+from tests.bench.rivals import BY_REWARD, KINDS, Variant, train
 
 
 def is_answer(text: str) -> float:
@@ -62,17 +61,25 @@ FEW = 24  # held-out prompts of the curves, at temperature 1
 TEMPERATURES = (0.7, 0.0, 1.0)
 
 
-def recipe_of(task: str, variant: Variant | None = None, seed: int = 0) -> Recipe:
-    """The behaviour's recipe, shipped or beside this script, as a variant has it."""
-    path = next(p for p in (BEHAVIOURS / f"{task}.toml", shipped_recipes() / f"{task}-135m.toml") if p.is_file())
-    plain = load_recipe(path)
-    changed: dict[str, Any] = {"train.seed": seed, "judge.aim": False}
-    if variant:
-        steps = plain.train.steps or 0
-        changed |= {"train.learning_rate": plain.train.learning_rate * variant.rate, "train.steps": steps * variant.times}
-        points = 10 if variant.method == "iqlite" else 5  # of the curve; iqlite is at the mark soonest
-        changed |= {"train.eval_every": max(2, steps // points) * variant.times, "prompts.eval_count": FEW}
-    return load_recipe(path, overridden(changed) + list(variant.settings if variant else ()))
+def path_of(task: str) -> Path:
+    """The behaviour's recipe, shipped or beside this script."""
+    return next(p for p in (BEHAVIOURS / f"{task}.toml", shipped_recipes() / f"{task}-135m.toml") if p.is_file())
+
+
+def settings_of(task: str, variant: Variant, seed: int) -> list[str]:
+    """What a variant changes in it, as `--set` takes it."""
+    plain = load_recipe(path_of(task)).train
+    steps = plain.steps or 0
+    points = 10 if variant.method == "iqlite" else 5  # of the curve; iqlite is at the mark soonest
+    changed = {
+        "train.seed": seed,
+        "train.learning_rate": plain.learning_rate * variant.rate,
+        "train.steps": steps * variant.times,
+        "train.eval_every": max(2, steps // points) * variant.times,
+        "prompts.eval_count": FEW,
+        "judge.aim": False,
+    }
+    return [*(f"{key}={json.dumps(value)}" for key, value in changed.items()), *variant.settings]
 
 
 def scores(task: str, session: Session, asked: Prompts, texts: list[str]) -> list[float]:
@@ -101,8 +108,7 @@ def answers_of(task: str, session: Session, who: Answerer, temperature: float) -
 
 def untrained(task: str) -> None:
     """Base, prompted base and superior."""
-    recipe = recipe_of(task)
-    session = open_session(recipe)
+    session = open_session(load_recipe(path_of(task)))
     who = {"base": Answerer("base", "reference"), "superior": Answerer("superior", "superior")}
     for one in prompted_answerers(session):
         who[one.name.replace("prompted", "told")] = one
@@ -136,27 +142,18 @@ def curve_of(task: str, session: Session, folder: Path) -> list[Point]:
 def trained(task: str, variant: Variant, seed: int) -> None:
     """A variant, trained and asked."""
     path = OUT / task / file_of(task, variant, seed).stem
-    recipe = recipe_of(task, variant, seed)
-    session = open_session(recipe_of(task))
-    placement = session.placement
+    settings = settings_of(task, variant, seed)
+    session = open_session(load_recipe(path_of(task)))
     if variant.method == "iqlite":
         if not (path / "result.json").exists():
-            changed = {
-                "train.seed": seed,
-                "train.learning_rate": recipe.train.learning_rate,
-                "train.steps": recipe.train.steps,
-                "train.eval_every": recipe.train.eval_every,
-                "prompts.eval_count": FEW,
-                "judge.aim": False,
-            }
-            settings = [part for one in overridden(changed) + list(variant.settings) for part in ("--set", one)]
-            command = [sys.executable, "-m", "iqlite", "train", str(recipe.path), "--out", str(path), "--no-safety", *settings]
-            subprocess.run([*command, *(["--resume"] if path.exists() else [])], check=True)
+            words = [part for one in settings for part in ("--set", one)] + ["--resume"] * path.exists()
+            command = [sys.executable, "-m", "iqlite", "train", str(path_of(task)), "--out", str(path), "--no-safety", *words]
+            subprocess.run(command, check=True)
         run = RunDir.open(path)
         curve, folder = of_run(run, SCORES.get(task)), run.trained("adapter")
     else:
         if not (path / "done").exists():
-            train(variant, recipe, placement, path)
+            train(variant, load_recipe(path_of(task), settings), session.placement, path)
             (path / "done").touch()
         curve, folder = curve_of(task, session, path), path
     session.policy.add_frozen("other", folder)

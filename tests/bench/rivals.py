@@ -8,7 +8,6 @@ Base, prompts, adapter shape, optimizer, schedule and sampling are the recipe's 
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,8 +114,3 @@ def reward(session: Session, beta: float, prompts: list[list[dict[str, str]]], c
     scores = read(session.policy, session.chat, rollout, session.readings, session.sizes)
     _, reference_BT, superior_BT = token_logps(session, rollout, scores, scores.hidden["reference"])
     return [beta * float(total) for total in ((superior_BT - reference_BT) * mask_BT).sum(-1)]
-
-
-def overridden(recipe: dict[str, Any]) -> list[str]:
-    """Settings as `--set` takes them."""
-    return [f"{key}={json.dumps(value)}" for key, value in recipe.items()]

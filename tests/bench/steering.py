@@ -1,7 +1,7 @@
 """A control without training: a steering vector from the same two descriptions, by the package steering-vectors.
 
     pip install --no-deps steering-vectors && pip install scikit-learn      # no dependency of iqlite's
-    python -m tests.bench.steering cheerful [--layers 10 15 20] [--multipliers 1 2 4]
+    python -m tests.bench.steering cheerful [--layers 8 12 16 20] [--multipliers 2 4 6 8]
 
 The base's plain answers to some training prompts are read under both descriptions, after 0 to 24 tokens; a layer's vector is the mean difference of
 its last states, added at all positions while the plain prompt is answered (contrastive activation addition, arXiv 2312.06681). Layer and
@@ -21,10 +21,11 @@ import torch
 from steering_vectors import train_steering_vector
 
 from iqlite.evaluation.answers import base_nll
+from iqlite.recipe.reading import load_recipe
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.training.opening import open_session
 from iqlite.training.session import Session
-from tests.bench.methods import file_of, recipe_of, scores, written
+from tests.bench.methods import file_of, path_of, scores, written
 from tests.bench.rivals import Variant
 
 ASKED, CHOSEN_ON = 32, 24  # training prompts for the vector, others to choose on
@@ -80,9 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
     parser.add_argument("--layers", nargs="+", type=int, default=[8, 12, 16, 20])
-    parser.add_argument("--multipliers", nargs="+", type=float, default=[0.5, 1, 2, 4])
+    parser.add_argument("--multipliers", nargs="+", type=float, default=[2, 4, 6, 8])
     asked = parser.parse_args()
-    session = open_session(recipe_of(asked.task))
+    session = open_session(load_recipe(path_of(asked.task)))
     model, train = session.policy.base.model, list(session.train.requests)
     told = json.loads(file_of(asked.task, Variant(f"told ({session.placement} turn)"), 0).read_bytes())["answers"]["0.7"]
     given = pairs(session, train[:ASKED])
