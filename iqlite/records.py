@@ -142,5 +142,8 @@ class StepMetrics:
 HELD_OUT_KL = "eval/kl_policy_superior"
 """The metric that says how far the policy is from its target on prompts that it wasn't trained on, nats a token."""
 
+HELD_OUT_FORWARD_KL = "eval/kl_superior_policy"
+"""The other way round, where the objective is; what a run is judged by then."""
+
 HELD_OUT_KL_SE = f"{HELD_OUT_KL}_se"
-"""Its standard error, by answers."""
+"""The standard error, by answers, of the KL that a run is judged by."""

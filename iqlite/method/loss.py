@@ -60,14 +60,23 @@ class TokenStatistics:
 
 
 def chunked_statistics(
-    head: Head, hidden_nD: Tensor, tokens_n: Tensor, hidden: Mapping[str, Tensor], scoring: Scoring, *, chunk_tokens: int
+    head: Head,
+    hidden_nD: Tensor,
+    tokens_n: Tensor,
+    hidden: Mapping[str, Tensor],
+    scoring: Scoring,
+    *,
+    chunk_tokens: int,
+    objective: Callable[[Chunk], Any] | None = None,
 ) -> TokenStatistics:
-    """Rewards, KLs and entropy of the policy's hidden states [n, D] without a gradient; see `chunked_loss`."""
+    """Rewards, KLs and entropy of the policy's hidden states [n, D] without a gradient, and an objective's own metrics; see `chunked_loss`."""
     values: dict[str, Tensor] = {}
     with torch.no_grad():
         for at in spans(len(tokens_n), chunk_tokens):
             logp_nV = head(hidden_nD[at]).log_softmax(-1)
-            found = _statistics(head, logp_nV, tokens_n[at], {k: v[at] for k, v in hidden.items()}, scoring)[1]
+            logp_superior_nV, found = _statistics(head, logp_nV, tokens_n[at], {k: v[at] for k, v in hidden.items()}, scoring)
+            if objective is not None:
+                found |= objective(Chunk(tokens_n[at].to(logp_nV.device), logp_nV, logp_superior_nV))[1]
             _keep(values, at, len(tokens_n), found)
     return _on_the_host(values)
 

@@ -64,7 +64,8 @@ def prob_squared(chunk: Chunk) -> Loss:
 
 def forward_kl(chunk: Chunk) -> Loss:
     """Σ_a π̃(a)·(log π̃(a) − log π_θ(a)): mode-covering distillation; for ablation."""
-    return kl(chunk.logp_superior_nV, chunk.logp_policy_nV), {}
+    loss_n = kl(chunk.logp_superior_nV, chunk.logp_policy_nV)
+    return loss_n, {"kl/superior_policy": loss_n.detach()}
 
 
 def staying(objective: Callable[[Chunk], Loss]) -> Callable[[Chunk], Loss]:

@@ -207,7 +207,8 @@ class Train(Table):
     eval_every: int = Field(5, ge=1, le=Most, description="Steps between evaluations on the held-out prompts.")
     checkpoint_every: int = Field(10, ge=1, le=Most, description="Steps between checkpoints to resume from.")
     until_converged: bool = Field(
-        False, description="Stop when the held-out KL(policy‖superior) no longer falls and the measure no longer rises, beyond their noise."
+        False,
+        description="Stop when the held-out KL of policy and superior no longer falls and the measure no longer rises, beyond their noise.",
     )
     max_kl_reference: float = Field(5.0, gt=0, description="Stop when the mean KL(policy‖reference), nats a token, exceeds this.")
 

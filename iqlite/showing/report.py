@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iqlite.evaluation.figures import verdict
-from iqlite.records import HELD_OUT_KL
+from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL
 from iqlite.run.journal import SAMPLES
 from iqlite.run.rundir import RunDir
 from iqlite.showing.aggregates import aggregates
@@ -21,6 +21,11 @@ from iqlite.showing.page import MOST_TOKENS, Page
 CURVES = (
     ("Reward", "mean token reward of the step's answers, log π̃ − log π_θ, nats; nearer 0 is nearer the target", ("reward/mean",)),
     ("Distance from the target", "KL(π_θ‖π̃), nats a token; in training and on held-out prompts", ("kl/policy_superior", HELD_OUT_KL)),
+    (
+        "Distance of the target",
+        "KL(π̃‖π_θ), which forward-kl makes smaller, nats a token; in training and on held-out prompts",
+        ("kl/superior_policy", HELD_OUT_FORWARD_KL),
+    ),
     ("Distance from the base", "KL(π_θ‖π_ref), nats a token", ("kl/policy_reference", "eval/kl_policy_reference")),
     (
         "Held-out measure",
@@ -35,6 +40,7 @@ CURVES = (
 )
 NAMES = {
     HELD_OUT_KL: "held out",
+    HELD_OUT_FORWARD_KL: "held out",
     "eval/kl_policy_reference": "held out",
     "eval/measure": "policy",
     "eval/measure_base": "base",

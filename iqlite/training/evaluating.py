@@ -13,7 +13,7 @@ import torch
 from iqlite.machine.ranks import ALONE
 from iqlite.method.loss import TokenStatistics
 from iqlite.model.sampling import SPOKEN_TEMPERATURE, SPOKEN_TOP_P, Sampler
-from iqlite.records import HELD_OUT_KL_SE, Messages, Prompts, Rollout, StepMetrics
+from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL_SE, Messages, Prompts, Rollout, StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import HARMLESS
 from iqlite.training.measuring import by_kind, measured
@@ -46,7 +46,10 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
         if name == "eval":
-            values[HELD_OUT_KL_SE] = error_by_answers(statistics.values["kl/policy_superior"], rollout)
+            judged = "kl/superior_policy" if "kl/superior_policy" in found else "kl/policy_superior"
+            values[HELD_OUT_KL_SE] = error_by_answers(statistics.values[judged], rollout)
+            if judged != "kl/policy_superior":
+                values[HELD_OUT_FORWARD_KL] = found[judged]
         answers[name] = asked, [session.chat.text(rollout.response_ids(row)) for row in range(len(asked))]
         if name != "outside":
             thoughts += [session.chat.thought(rollout.response_ids(row)) for row in range(len(asked))]

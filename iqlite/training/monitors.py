@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from iqlite.records import HELD_OUT_KL, HELD_OUT_KL_SE
+from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL, HELD_OUT_KL_SE
 from iqlite.scoring.intervals import FEWEST, paired
 
 FIRST = 3  # steps that say what is normal for this run
@@ -88,12 +88,14 @@ class Monitors:
     ) -> tuple[bool, list[Verdict]]:
         """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts.
 
+        The KL is the objective's own: forward, where that is the objective, which makes the reverse one rise before it falls.
         `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
         than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops. Where prompts are of several
         `kinds` (one a score), the best must not be lower in any: more right refusals don't pay for harmless requests that are refused too. Beyond
         chance in one of them warns.
         """
-        kl = values[HELD_OUT_KL]
+        forward = HELD_OUT_FORWARD_KL in values
+        kl, which = (values[HELD_OUT_FORWARD_KL], "KL(superior‖policy)") if forward else (values[HELD_OUT_KL], "KL(policy‖superior)")
         lower, worse, one_sided = self._behind(scores, kinds)
         better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
         error = values.get(HELD_OUT_KL_SE, 0.0)
@@ -117,7 +119,7 @@ class Monitors:
             self._rule(
                 "held-out",
                 not kl <= max(WORSE * self.best_kl + ROUNDING, self.best_kl + noise),
-                "the held-out KL(policy‖superior) is getting worse",
+                f"the held-out {which} is getting worse",
                 stop_after=PATIENCE,
                 warn_after=2,
             ),
@@ -127,7 +129,7 @@ class Monitors:
             bad = self._degraded("outside", values) or values["outside/kl_policy_reference"] > self.max_kl_reference
             verdicts.append(self._rule("outside", bad, "answers outside the domain are getting worse", stop_after=PATIENCE))
         if self.until_converged and self.since_settled >= PATIENCE and (not scores or self.since_measure >= PATIENCE):
-            why = f"converged: the held-out KL(policy‖superior) hasn't fallen beyond its noise since step {self.settled_step}"
+            why = f"converged: the held-out {which} hasn't fallen beyond its noise since step {self.settled_step}"
             verdicts.append(Verdict("converged", why, stop=True))
         return better, [v for v in verdicts if v is not None]
 

@@ -134,7 +134,7 @@ class Session:
         return rollout.mask_BT & (thought_BT if where == "thinking" else ~thought_BT)
 
     def score(self, rollout: Rollout, *, weights: str | None = None) -> TokenStatistics:
-        """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient."""
+        """Rewards, KLs and entropy of the policy on a rollout's tokens, without a gradient; for forward KL, that one too."""
         which = self.readings if weights is None else readings(self.recipe, self.placement, weights)
         # An answer that hasn't thought to its end has nothing of the part that is trained; where none has, all of it is scored.
         mask_BT = rollout.learned_BT if bool(rollout.learned_BT.any()) else rollout.mask_BT
@@ -145,6 +145,12 @@ class Session:
             scores = read(self.policy, self.chat, mine, [*which, Reading("policy", "policy")], self.sizes)
             hidden = {name: hidden_BTD[mask_BT] for name, hidden_BTD in scores.hidden.items()}
             values = chunked_statistics(
-                self.policy.head, hidden.pop("policy"), mine.tokens_BT[mask_BT], hidden, self.scoring, chunk_tokens=self.sizes.chunk_tokens
+                self.policy.head,
+                hidden.pop("policy"),
+                mine.tokens_BT[mask_BT],
+                hidden,
+                self.scoring,
+                chunk_tokens=self.sizes.chunk_tokens,
+                objective=self.objective if self.recipe.objective.name == "forward-kl" else None,
             ).values
         return TokenStatistics(self.ranks.in_order(values, mine.rows or (), mask_BT.sum(-1).tolist()))

@@ -54,9 +54,16 @@ def is_answer(text: str) -> float:
     )
 
 
+def first_person(text: str) -> float:
+    """The share of sentences in which the speaker is."""
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
+    return sum(bool(SPEAKER.search(part)) for part in sentences) / max(1, len(sentences))
+
+
+SPEAKER = re.compile(r"\b(I|my|me|mine|myself)\b")
 OUT = Path("runs/bench/methods")
 BEHAVIOURS = Path(__file__).parent / "behaviours"
-SCORES: dict[str, Callable[[str], float]] = {"json": is_answer}  # behaviours that no measure of iqlite's sees
+SCORES: dict[str, Callable[[str], float]] = {"json": is_answer, "first-person": first_person}  # behaviours that no measure of iqlite's sees
 FEW = 24  # held-out prompts of the curves, at temperature 1
 TEMPERATURES = (0.7, 0.0, 1.0)
 

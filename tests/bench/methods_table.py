@@ -16,7 +16,7 @@ from iqlite.scoring.intervals import paired, wilson
 
 MINE = "iqlite"
 RESULTS = Path(__file__).parent / "results" / "methods"
-ABOVE = {"cheerful": 0.1}  # the mark: so much more than the prompted base at temperature 1, at its better placement
+ABOVE = {"cheerful": 0.1, "first-person": -0.1}  # the mark: so much more than the prompted base at temperature 1, at its better placement
 HEAD = ("seeds", "score", "wins of iqlite, %", "score, greedy", "wins of iqlite, greedy, %", "words", "nats", "sampled tokens", "minutes", "until 90 % of its own gain", "until the mark")  # fmt: skip
 
 
@@ -43,9 +43,14 @@ def mark_of(task: str, records: Sequence[dict[str, Any]]) -> float:
     return float(max(told)) + ABOVE.get(task, 0.0)
 
 
+def records_of(task: str) -> list[dict[str, Any]]:
+    """All that was found of a behaviour."""
+    return [json.loads(file.read_bytes()) for file in sorted((RESULTS / task).glob("*.json"))]
+
+
 def table(task: str) -> str:
     """Markdown: a row a variant, the best score first; over the training seeds that were run, mean (min..max); "to" is an interval over prompts."""
-    records = [json.loads(file.read_bytes()) for file in sorted((RESULTS / task).glob("*.json"))]
+    records = records_of(task)
     by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         by_name[record["name"]].append(record)

@@ -17,11 +17,12 @@ from iqlite.method.objectives import OBJECTIVES
 from iqlite.model.policy import LOSS_SCALE_FLOAT16
 from iqlite.records import Prompts
 from iqlite.run.rundir import RunDir
-from iqlite.training.evaluating import repetition
+from iqlite.training.evaluating import answered, repetition
 from iqlite.training.loop import Outcome, train
 from iqlite.training.opening import environment
 from iqlite.training.optimizer import apply_update, learning_rate, make_optimizer
 from iqlite.training.order import prompts_of_step
+from iqlite.training.readings import Reading, read
 from iqlite.training.session import Session
 from tests.helpers.reporters import Silent
 from tests.helpers.tensors import gradients, training_rollout
@@ -88,6 +89,21 @@ def test_the_metrics_are_method_s_list(make_session: Callable[..., Session], tmp
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(promised <= row.keys() for row in rows[1:]), promised - rows[1].keys()
     assert [("eval/kl_policy_superior" in row, "outside/kl_policy_reference" in row) for row in rows] == [(True, True), (False, False), (True, True), (True, True)]  # fmt: skip
+
+
+def test_forward_kl_records_the_kl_that_it_is_judged_by(make_session: Callable[..., Session], tmp_path: Path) -> None:
+    """As float64 logits of the same held-out answers have it."""
+    session = make_session(objective={"name": "forward-kl"}, train={"steps": 2, "eval_every": 2})
+    _, run = run_of(session, tmp_path / "run")
+    _, rollout = answered(session, "policy", "eval", session.eval)
+    scores = read(session.policy, session.chat, rollout, [*session.readings, Reading("policy", "policy")], session.sizes)
+    hidden = {name: states_BTD[rollout.mask_BT] for name, states_BTD in scores.hidden.items()}
+    logp_nV = session.policy.head(hidden.pop("policy")).double().log_softmax(-1)
+    superior_nV = session.scoring(session.policy.head, hidden)[0].double()
+    forward = (superior_nV.exp() * (superior_nV - logp_nV)).sum(-1).mean()
+    last = run.metrics()[-1]
+    assert last["eval/kl_superior_policy"] == pytest.approx(float(forward), rel=1e-4)
+    assert last["loss"] == pytest.approx(last["kl/superior_policy"], rel=1e-6) and last["eval/kl_policy_superior_se"] > 0
 
 
 def test_the_data_order_is_passes_over_permutations() -> None:

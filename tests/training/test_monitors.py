@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqlite.records import HELD_OUT_KL, HELD_OUT_KL_SE, Rollout
+from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL, HELD_OUT_KL_SE, Rollout
 from iqlite.training.evaluating import error_by_answers
 from iqlite.training.monitors import Monitors, Verdict
 
@@ -120,6 +120,20 @@ def test_the_noise_of_a_few_short_answers_neither_stops_a_run_nor_keeps_it_going
         for step, kl in enumerate((1.0, 0.7, 0.5, 0.497, 0.494, 0.489, 0.484)):
             monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL_SE: error})
         assert monitors.settled_step == settled
+
+
+def test_forward_kl_is_judged_by_the_forward_kl() -> None:
+    """A real run's numbers: what the base never begins raises the reverse KL while it is learned."""
+    reverse, forward = (2.6, 4.1, 5.2, 6.0, 6.3), (9.0, 6.0, 4.0, 3.0, 3.9)
+    monitors = Monitors(5.0)
+    seen = [
+        monitors.after_eval(step, {HELD_OUT_KL: r, HELD_OUT_FORWARD_KL: f})
+        for step, (r, f) in enumerate(zip(reverse, forward, strict=True))
+    ]
+    assert [better for better, _ in seen] == [True, True, True, True, False] and rules([verdicts for _, verdicts in seen]) == [[]] * 5
+    assert (monitors.best_step, monitors.best_kl) == (3, 3.0)
+    ends = [monitors.after_eval(step, {HELD_OUT_KL: 1.0, HELD_OUT_FORWARD_KL: 5.0})[1] for step in range(5, 8)]
+    assert ends[-1][0].stop and "KL(superior‖policy)" in ends[-1][0].message
 
 
 def test_damage_outside_the_domain_is_watched() -> None:

@@ -132,9 +132,11 @@ def test_the_table_of_metrics_is_what_a_run_records(make_session: Callable[..., 
         objective={"name": "policy-gradient"},
         judge={"measure": "harmless"},
     )
-    run = RunDir.create(tmp_path / "run", session.recipe, {})
-    train(session, run, Silent())
-    recorded = {name for line in run.metrics() for name in line} - {"step"}
+    recorded = set()
+    for number, one in enumerate((session, make_session(objective={"name": "forward-kl"}))):
+        run = RunDir.create(tmp_path / f"run{number}", one.recipe, {})
+        train(one, run, Silent())
+        recorded |= {name for line in run.metrics() for name in line} - {"step"}
     section = (DOCS / "run-directory.md").read_text("utf-8").partition("## Metrics")[2]
     table = re.findall(r"^\| `([\w/*]+)` \| (.+?) \| (.+?) \| (.+) \|$", section, re.MULTILINE)
     names = [name for name, *_ in table]
