@@ -12,7 +12,7 @@ from pathlib import Path
 
 import platformdirs
 
-from iqlite.errors import IqliteError
+from iqlite.errors import IqliteError, PromptsError
 
 RUNS = Path("runs")
 """Where runs go that nobody gives a place."""
@@ -109,6 +109,10 @@ def shipped_recipes() -> Path:
 
 
 def safety_set(name: Path) -> Path:
-    """A safety set that ships by its language (de, es), unless a file is called so; else the file itself."""
+    """A safety set that ships by its language (de, es), unless a file is called so; else the file itself. PromptsError if there is neither."""
     shipped = {language: SAFETY.with_name(f"safety-{language}.jsonl") for language in ("de", "es")}
-    return name if name.is_file() else shipped.get(str(name), name)
+    found = name if name.is_file() else shipped.get(str(name), name)
+    if not found.is_file():
+        known = ", ".join(shipped)
+        raise PromptsError(f"--safety-set {name}: no such file; a path is relative to the folder you are in. By name there are {known}; English needs no option.")  # fmt: skip
+    return found

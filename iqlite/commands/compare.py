@@ -85,7 +85,7 @@ def compare(
 
     safety_set = safety_set and shipped_safety_set(safety_set)
     runs = [RunDir.open(path, base) for path in paths]  # a fault in one is reported before torch is imported
-    there(prompts=None if str(prompts) == "outside" else prompts, pairs=pairs, safety_set=safety_set)
+    there(prompts=None if str(prompts) == "outside" else prompts, pairs=pairs)
     console = terminal(stderr=as_json)
     if checkpoints and (others or pairs or prompts):
         raise RunError("--checkpoints reads what training left: it takes --judge, and none of --with, --pairs and --prompts.")

@@ -46,8 +46,9 @@ def pairs(session: Session, requests: list[Messages]) -> list[tuple[str, str]]:
     return found
 
 
-def answered(session: Session, requests: list[Messages]) -> Rollout:
-    """By generate(), with whatever hooks the model has; the recipe's length, temperature 0.7, top-p 0.9."""
+def answered(session: Session, requests: list[Messages], temperature: float) -> Rollout:
+    """By generate(), with whatever hooks the model has; the recipe's length, top-p 0.9."""
+    how = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "top_k": 0} if temperature else {"do_sample": False}
     chat, model = session.chat, session.policy.base.model
     ids = [chat.ids(request) for request in requests]
     longest, pad = max(map(len, ids)), chat.stop_ids[0]
@@ -56,8 +57,8 @@ def answered(session: Session, requests: list[Messages]) -> Rollout:
     with torch.no_grad():
         torch.manual_seed(0)
         out = model.generate(
-            input_ids=rows, attention_mask=mask, max_new_tokens=session.recipe.rollout.max_new_tokens, do_sample=True, temperature=0.7,
-            top_p=0.9, top_k=0, eos_token_id=list(chat.stop_ids), pad_token_id=pad,
+            input_ids=rows, attention_mask=mask, max_new_tokens=session.recipe.rollout.max_new_tokens, **how,
+            eos_token_id=list(chat.stop_ids), pad_token_id=pad,
         )[:, longest:]  # fmt: skip
     ends_BT = torch.isin(out, torch.tensor(chat.stop_ids))
     mask_BT = ends_BT.long().cumsum(-1) - ends_BT.long() == 0  # up to the first end, with it
@@ -90,10 +91,10 @@ def main() -> None:
     model.eval()  # its adapter is untouched: the base
     vector = train_steering_vector(model, session.chat.tokenizer, given, layers=asked.layers)
 
-    def steered(layer: int, multiplier: float, prompts: Prompts) -> dict[str, Any]:
+    def steered(layer: int, multiplier: float, prompts: Prompts, temperature: float = 0.7) -> dict[str, Any]:
         one = type(vector)({layer: vector.layer_activations[layer]})
         with one.apply(model, multiplier=multiplier):
-            rollout = answered(session, list(prompts.requests))
+            rollout = answered(session, list(prompts.requests), temperature)
         return figures(asked.task, session, prompts, rollout)
 
     tried, some = {}, session.train.some(range(ASKED, ASKED + CHOSEN_ON))
@@ -105,8 +106,8 @@ def main() -> None:
     for name, of in (("steering", tried), ("steering, no stranger than told", sane)):
         if of:
             layer, multiplier = max(of, key=lambda key: of[key][0])
-            answers = steered(layer, multiplier, session.eval)
-            written(asked.task, Variant(f"{name} (layer {layer}, × {multiplier:g})"), 0, {"answers": {"0.7": answers}})
+            answers = {f"{t:g}": steered(layer, multiplier, session.eval, t) for t in (0.7, 0.0)}
+            written(asked.task, Variant(f"{name} (layer {layer}, × {multiplier:g})"), 0, {"answers": answers})
 
 
 if __name__ == "__main__":

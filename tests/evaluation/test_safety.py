@@ -152,6 +152,11 @@ def test_a_bad_set_is_one_sentence(line: str, tmp_path: Path, iqlite: Callable[.
     assert code == 2 and "line 1" in err and err.count("\n") == 1
 
 
+def test_a_language_that_has_no_set_is_told_which_have(iqlite: Callable[..., Any], make_run: Callable[..., RunDir]) -> None:
+    code, _, err = iqlite("compare", make_run().path, "--safety-set", "fr")
+    assert code == 2 and "--safety-set fr: no such file" in err and "de, es" in err and err.count("\n") == 1
+
+
 def test_a_manifest_without_figures_says_so() -> None:
     assert "weren't measured" in warnings({"figures": {}, "made": {}})[0]
 

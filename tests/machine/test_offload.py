@@ -43,6 +43,16 @@ def test_models_larger_than_the_card_fit_it(base: str, card_gb: int) -> None:
         assert other.peak > free or layers * -(-work.prompts // other.widths.rows) >= moved
 
 
+def test_what_comes_and_goes_leaves_room_for_fragments_where_layers_are_streamed() -> None:
+    """A played card ran full without: `tests.bench.plan_play --larger`."""
+    shape, work = work_of(BASES[0][0])
+    for streamed, share in ((0, 0.0), (shape.layers, 0.15)):
+        plan = choose(shape, replace(work, streamed=streamed), 24 * GIB)
+        for found in plan.phases.values():
+            beside = sum(size for term, size in found.items() if term != "fragmentation")
+            assert found.get("fragmentation", 0.0) == pytest.approx(share * beside)
+
+
 def test_auto_streams_nothing_where_all_fits() -> None:
     shape, work = work_of(BASES[0][0])
     assert least_streaming(shape, work, 24 * GIB) == work
