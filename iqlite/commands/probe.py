@@ -79,7 +79,7 @@ def _probe(
     """Reads, answers, prints."""
     from iqlite.aim.look import look_sampler
     from iqlite.chat.superior import check_heard
-    from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
+    from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, beginning, contrast, ranks, suggested, verdict, voices
     from iqlite.machine.sizes import within_memory
     from iqlite.recipe.pairs import load_pairs
     from iqlite.recipe.wording import lint
@@ -125,12 +125,13 @@ def _probe(
 
         ranked, cut = ranks(session, given, LONGEST, read) if given else ({}, 0)
     likely, why = verdict(where, found, name, len(requests))
+    begins = beginning(where, recipe)
     best = suggested(found) if len(requests) >= FEWEST else None
     agrees = agreement(ranked, len(given)) if given else ""
     if as_json:
         result = {
             "likely": likely, "why": why, "measure": name, "prompts": len(requests), "contrast": asdict(where), "voices": [asdict(v) for v in found],
-            "suggested": best, "lint": notes, "pairs": len(given), "cut": cut, "ranks": {way: asdict(one) for way, one in ranked.items()}, "agrees": agrees,
+            "suggested": best, "beginning": begins, "lint": notes, "pairs": len(given), "cut": cut, "ranks": {way: asdict(one) for way, one in ranked.items()}, "agrees": agrees,
         }  # fmt: skip
         print(json.dumps(result))
         return
@@ -163,6 +164,8 @@ def _probe(
         console.print(f"suggested: superior.strength = {best.rpartition(' ')[2]}, the weakest within a standard error of the best that isn't much stranger to the base")  # fmt: skip
     elif len(requests) >= FEWEST:
         console.print("suggested: none of these strengths, since answers score no better than the base's, or are much stranger to it")
+    if begins:
+        console.print(f"[bold yellow]{clean(begins)}[/]")
     console.print(f"[{'green' if likely else 'bold yellow'}]{clean(why)}[/]")
     if name == DESCRIBED:
         console.print(f"[dim]{OWN_EYE}[/]")
