@@ -32,6 +32,7 @@ CHOICES: dict[str, dict[str, float | str]] = {
     "4 prompts a step": {"prompts_per_step": 4},
     "16 prompts a step": {"prompts_per_step": 16},
     "4 prompts, 2 updates": {"prompts_per_step": 4, "updates_per_rollout": 2},
+    "forward KL": {"objective": "forward-kl"},
 }
 """`learning_rate` multiplies the recipe's."""
 
@@ -49,6 +50,7 @@ def settings_of(task: str, choice: str, seed: int, answers: int) -> list[str]:
         "train.schedule": changed.get("schedule", "constant"),
         "train.updates_per_rollout": changed.get("updates_per_rollout", 1),
         "rollout.prompts_per_step": prompts,
+        "objective.name": changed.get("objective", recipe.objective.name),
         "prompts.eval_count": FEW,
         "judge.aim": False,
     }
