@@ -93,7 +93,7 @@ def beginning(where: Contrast, recipe: Recipe) -> str | None:
     superior = recipe.superior.settings()
     changes = [
         *(['objective.name = "forward-kl"'] if recipe.objective.name != "forward-kl" else []),
-        *(['superior.estimator = "prompted" with strength = 1'] if superior.get("plausibility") else []),
+        *(['superior.estimator = "prompted" with superior.strength = 1'] if superior.get("plausibility") else []),
     ]
     if found < MUCH or not changes:
         return None

@@ -63,7 +63,7 @@ def prob_squared(chunk: Chunk) -> Loss:
 
 
 def forward_kl(chunk: Chunk) -> Loss:
-    """Σ_a π̃(a)·(log π̃(a) − log π_θ(a)): mode-covering distillation; for ablation."""
+    """Σ_a π̃(a)·(log π̃(a) − log π_θ(a)): for what the policy as good as never says, since its gradient in the logits is π_θ − π̃."""
     loss_n = kl(chunk.logp_superior_nV, chunk.logp_policy_nV)
     return loss_n, {"kl/superior_policy": loss_n.detach()}
 

@@ -123,17 +123,19 @@ def test_the_noise_of_a_few_short_answers_neither_stops_a_run_nor_keeps_it_going
 
 
 def test_forward_kl_is_judged_by_the_forward_kl() -> None:
-    """A real run's numbers: what the base never begins raises the reverse KL while it is learned."""
-    reverse, forward = (2.6, 4.1, 5.2, 6.0, 6.3), (9.0, 6.0, 4.0, 3.0, 3.9)
-    monitors = Monitors(5.0)
-    seen = [
-        monitors.after_eval(step, {HELD_OUT_KL: r, HELD_OUT_FORWARD_KL: f})
-        for step, (r, f) in enumerate(zip(reverse, forward, strict=True))
-    ]
-    assert [better for better, _ in seen] == [True, True, True, True, False] and rules([verdicts for _, verdicts in seen]) == [[]] * 5
-    assert (monitors.best_step, monitors.best_kl) == (3, 3.0)
-    ends = [monitors.after_eval(step, {HELD_OUT_KL: 1.0, HELD_OUT_FORWARD_KL: 5.0})[1] for step in range(5, 8)]
-    assert ends[-1][0].stop and "KL(superior‖policy)" in ends[-1][0].message
+    """The held-out KLs, and the forward ones' errors, of a real run to JSON: what the base never begins raises the reverse KL while it is learned."""
+    reverse, forward = (0.389, 0.639, 0.530, 0.513, 0.420), (0.634, 0.590, 0.486, 0.436, 0.330)
+    errors = (0.029, 0.072, 0.027, 0.027, 0.018)
+    for both, stops in ((False, True), (True, False)):
+        monitors, seen = Monitors(5.0), []
+        for step, (r, f, error) in enumerate(zip(reverse, forward, errors, strict=True)):
+            values = {HELD_OUT_KL: r, HELD_OUT_KL_SE: error} | ({HELD_OUT_FORWARD_KL: f} if both else {})
+            seen.append(monitors.after_eval(step, values))
+        assert any(verdict.stop for _, verdicts in seen for verdict in verdicts) == stops
+        assert [better for better, _ in seen] == [True, both, both, both, both]
+        assert (monitors.best_step, monitors.best_kl) == ((4, 0.330) if both else (0, 0.389))
+    worse = [monitors.after_eval(step, {HELD_OUT_KL: 0.1, HELD_OUT_FORWARD_KL: 0.6})[1] for step in range(5, 8)]
+    assert worse[-1][0].stop and "KL(superior‖policy)" in worse[-1][0].message
 
 
 def test_damage_outside_the_domain_is_watched() -> None:
