@@ -311,6 +311,7 @@ def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
 def _look(session: Session, listener: Listener, *, force: bool) -> Look | None:
     """Whether the target points the right way; AimError where it points the wrong one, unless that is forced."""
     from iqlite.aim.look import WRONG, chosen, look, sentence
+    from iqlite.evaluation.beginning import heard
     from iqlite.machine.sizes import within_memory
 
     recipe = session.recipe
@@ -322,8 +323,12 @@ def _look(session: Session, listener: Listener, *, force: bool) -> Look | None:
         return None
     answerers = 3 if session.wanted else 2
     with within_memory(recipe, "with --set, and start again"):
-        seen = look(session, progress=listener.looking(answerers * len(chosen(session))))
+        numbers = chosen(session)
+        seen = look(session, progress=listener.looking(answerers * len(numbers)))
+        begins = heard(session, session.asked.some(numbers), numbers)
     if seen.verdict == WRONG and not force:
         raise AimError(sentence(seen, recipe.path))
     listener.looked(seen, "")
+    if begins:
+        listener.note(f"aim: {begins}")
     return seen

@@ -79,7 +79,8 @@ def _probe(
     """Reads, answers, prints."""
     from iqlite.aim.look import look_sampler
     from iqlite.chat.superior import check_heard
-    from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, beginning, contrast, ranks, suggested, verdict, voices
+    from iqlite.evaluation.beginning import advice
+    from iqlite.evaluation.probing import RANKINGS, STRENGTHS, agreement, contrast, ranks, suggested, verdict, voices
     from iqlite.machine.sizes import within_memory
     from iqlite.recipe.pairs import load_pairs
     from iqlite.recipe.wording import lint
@@ -125,7 +126,7 @@ def _probe(
 
         ranked, cut = ranks(session, given, LONGEST, read) if given else ({}, 0)
     likely, why = verdict(where, found, name, len(requests))
-    begins = beginning(where, recipe)
+    begins = advice(where.unsaid, recipe)
     best = suggested(found) if len(requests) >= FEWEST else None
     agrees = agreement(ranked, len(given)) if given else ""
     if as_json:

@@ -5,29 +5,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from iqlite.evaluation.answers import Answerer, collect, prompted_answerers
+from iqlite.evaluation.beginning import unsaid
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.pairs import Pair, answer_ids
-from iqlite.recipe.schema import Recipe
 from iqlite.records import Messages, Prompts, Rollout
 from iqlite.scoring.intervals import FEWEST, Array, Estimate, paired, wilson
 from iqlite.training.measuring import measured
 from iqlite.training.placement import moved
-from iqlite.training.readings import read
 from iqlite.training.session import Session
 
 PARTS = 4  # quarters of an answer
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)
 WEAK_KL = 0.02  # nats a token between π̃ and π_ref under which there is nothing to learn; our choice
-RARE, MUCH = (
-    1e-4,
-    0.25,
-)  # probability of a first token that the base as good as never says; the share of them that is worth a word; our choice
 STRANGE = 1.0  # nats a token that a suggested strength's answers may be stranger to the base than the prompted ones; our choice
 
 
@@ -75,29 +70,6 @@ def contrast(session: Session, rollout: Rollout) -> Contrast:
         len(kl_N),
         unsaid(session, rollout),
     )
-
-
-def unsaid(session: Session, rollout: Rollout) -> float | None:
-    """Σ_a π⁺(a)·[π_ref(a) < RARE] at the answers' first token, the mean over answers; of a mixture the largest. None where nothing wanted is read."""
-    first = replace(rollout, tokens_BT=rollout.tokens_BT[:, :1], mask_BT=rollout.mask_BT[:, :1], part_BT=None)
-    hidden = read(session.policy, session.chat, first, session.readings, session.sizes).hidden
-    with torch.no_grad():
-        rare_BV = session.policy.head(hidden["reference"][:, 0]).softmax(-1) < RARE
-        told = [session.policy.head(states_BTD[:, 0]).softmax(-1) for name, states_BTD in hidden.items() if name.startswith("wanted")]
-    return max((float((wanted_BV * rare_BV).sum(-1).mean()) for wanted_BV in told), default=None)
-
-
-def beginning(where: Contrast, recipe: Recipe) -> str | None:
-    """What to change where answers would have to begin as the base's never do, which a policy can't find by its own answers alone."""
-    found = (where.unsaid or 0.0) if recipe.behavior.where == "both" else 0.0
-    superior = recipe.superior.settings()
-    changes = [
-        *(['objective.name = "forward-kl"'] if recipe.objective.name != "forward-kl" else []),
-        *(['superior.estimator = "prompted" with superior.strength = 1'] if superior.get("plausibility") else []),
-    ]
-    if found < MUCH or not changes:
-        return None
-    return f"The prompted base begins {found:.0%} of its answers with what the base as good as never begins with: set {' and '.join(changes)}, or it may not be learned."
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import pytest
 import tomli_w
 import torch
 
-from iqlite.evaluation import probing
+from iqlite.evaluation import beginning
+from iqlite.evaluation.beginning import advice
 from iqlite.evaluation.curves import Point, of_run, until
-from iqlite.evaluation.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, beginning, contrast, ranks, suggested, verdict
+from iqlite.evaluation.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
 from iqlite.model.sampling import Sampler
 from iqlite.recipe.pairs import Pair
 from iqlite.recipe.reading import to_data
@@ -148,7 +149,7 @@ def test_the_readings_differ_by_the_models_own_kl(make_session: Callable[..., Se
         count += len(answer)
     assert found.kl_wanted == pytest.approx(sums["reference"] / count, rel=1e-3)
     assert found.kl_opposed == pytest.approx(sums["unwanted"] / count, rel=1e-3)
-    unsaid = dict.fromkeys((probing.RARE, 1e-2), 0.0)
+    unsaid = dict.fromkeys((beginning.RARE, 1e-2), 0.0)
     for request in rollout.requests:  # what the prompted base begins with, and the base doesn't
         with session.policy.acting_as("reference"):
             plain, told = (
@@ -158,19 +159,29 @@ def test_the_readings_differ_by_the_models_own_kl(make_session: Callable[..., Se
         for rare in unsaid:
             unsaid[rare] += sum(b for a, b in zip(plain, told, strict=True) if a < rare) / len(rollout.requests)
     for rare, share in unsaid.items():
-        monkeypatch.setattr(probing, "RARE", rare)
+        monkeypatch.setattr(beginning, "RARE", rare)
         assert contrast(session, rollout).unsaid == pytest.approx(share, rel=1e-3) and share > 0
     assert contrast(make_session(superior={"estimator": "prompted"}), rollout).kl_opposed is None  # nobody reads the unwanted there
 
 
 def test_a_beginning_that_the_base_never_makes_asks_for_forward_kl(make_recipe: Callable[..., Recipe]) -> None:
-    where = Contrast(1.0, 1.0, 0.5, (0.5,) * 4, 0.0, 0.0, 100, unsaid=0.9)
-    told = beginning(where, make_recipe())
+    told = advice(0.9, make_recipe())
     assert told and "90%" in told and '"forward-kl"' in told and '"prompted"' in told
-    told = beginning(where, make_recipe(objective={"name": "forward-kl"}))
+    told = advice(0.9, make_recipe(objective={"name": "forward-kl"}))
     assert told and "forward-kl" not in told and '"prompted"' in told
-    assert beginning(where, make_recipe(objective={"name": "forward-kl"}, superior={"estimator": "prompted", "strength": 1.0})) is None
-    assert beginning(replace(where, unsaid=0.1), make_recipe()) is None and beginning(replace(where, unsaid=None), make_recipe()) is None
+    assert advice(0.9, make_recipe(objective={"name": "forward-kl"}, superior={"estimator": "prompted", "strength": 1.0})) is None
+    assert advice(0.1, make_recipe()) is None and advice(None, make_recipe()) is None
+
+
+def test_train_and_probe_say_so(iqlite: Callable[..., Any], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny vocabulary nothing is rare, but for this."""
+    words = " ".join(iqlite("train", recipe_file(), "--out", "fine", "--no-safety")[1].split())
+    assert "aim: " in words and "as good as never begins" not in words
+    monkeypatch.setattr(beginning, "RARE", 1.1)
+    words = " ".join(iqlite("train", recipe_file(), "--out", "warned", "--no-safety")[1].split())
+    assert 'begins 100% of its answers with what the base as good as never begins with: set objective.name = "forward-kl" and' in words
+    told = json.loads(iqlite("probe", recipe_file(), "--count", "2", "--json")[1])
+    assert told["contrast"]["unsaid"] == pytest.approx(1.0) and "forward-kl" in told["beginning"]
 
 
 def test_a_whole_probe(iqlite: Callable[..., Any], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
