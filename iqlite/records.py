@@ -147,3 +147,8 @@ HELD_OUT_FORWARD_KL = "eval/kl_superior_policy"
 
 HELD_OUT_KL_SE = f"{HELD_OUT_KL}_se"
 """The standard error, by answers, of the KL that a run is judged by."""
+
+
+def held_out_kl(values: Mapping[str, float]) -> float | None:
+    """The KL that a run is judged by: forward, where that is its objective, which makes the reverse one rise before it falls. None without an evaluation."""
+    return values.get(HELD_OUT_FORWARD_KL, values.get(HELD_OUT_KL))

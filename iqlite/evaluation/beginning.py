@@ -33,7 +33,7 @@ def advice(share: float | None, recipe: Recipe) -> str | None:
     changes = []
     if recipe.objective.name != "forward-kl":
         changes.append('objective.name = "forward-kl"')
-    if recipe.superior.settings().get("plausibility"):
+    if recipe.superior.estimator == "contrastive" and recipe.superior.settings()["plausibility"]:
         changes.append('superior.estimator = "prompted" with superior.strength = 1')
     if not changes or recipe.behavior.where != "both" or share is None or share < MUCH:
         return None

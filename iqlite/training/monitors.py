@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL, HELD_OUT_KL_SE
+from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL_SE, held_out_kl
 from iqlite.scoring.intervals import FEWEST, paired
 
 FIRST = 3  # steps that say what is normal for this run
@@ -54,6 +54,7 @@ class Monitors:
     settled_step: int = 0
     settled_kl: float = math.inf
     since_settled: int = 0
+    forward: bool = False
     base_scores: list[float] = field(default_factory=list)
     base_measure: str = ""
     best_measure: float = -math.inf
@@ -88,14 +89,18 @@ class Monitors:
     ) -> tuple[bool, list[Verdict]]:
         """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts.
 
-        The KL is the objective's own: forward, where that is the objective, which makes the reverse one rise before it falls.
+        The KL is `held_out_kl`'s; where a run of an older version went by the other one, that counts no more.
         `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
         than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops. Where prompts are of several
         `kinds` (one a score), the best must not be lower in any: more right refusals don't pay for harmless requests that are refused too. Beyond
         chance in one of them warns.
         """
-        forward = HELD_OUT_FORWARD_KL in values
-        kl, which = (values[HELD_OUT_FORWARD_KL], "KL(superior‖policy)") if forward else (values[HELD_OUT_KL], "KL(policy‖superior)")
+        kl, forward = held_out_kl(values), HELD_OUT_FORWARD_KL in values
+        assert kl is not None
+        which = "KL(superior‖policy)" if forward else "KL(policy‖superior)"
+        if forward != self.forward:
+            self.forward, self.best_kl, self.settled_kl = forward, math.inf, math.inf
+            self.in_a_row.pop("held-out", None)
         lower, worse, one_sided = self._behind(scores, kinds)
         better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
         error = values.get(HELD_OUT_KL_SE, 0.0)

@@ -134,6 +134,9 @@ def test_forward_kl_is_judged_by_the_forward_kl() -> None:
         assert any(verdict.stop for _, verdicts in seen for verdict in verdicts) == stops
         assert [better for better, _ in seen] == [True, both, both, both, both]
         assert (monitors.best_step, monitors.best_kl) == ((4, 0.330) if both else (0, 0.389))
+    state = {name: value for name, value in monitors.state().items() if name != "forward"} | {"best_kl": 0.389, "settled_kl": 0.389}
+    resumed = Monitors.restore(state)  # a run of an older version, which went by the reverse one
+    assert resumed.after_eval(6, {HELD_OUT_KL: 0.5, HELD_OUT_FORWARD_KL: 0.6}) == (True, [])
     worse = [monitors.after_eval(step, {HELD_OUT_KL: 0.1, HELD_OUT_FORWARD_KL: 0.6})[1] for step in range(5, 8)]
     assert worse[-1][0].stop and "KL(superior‖policy)" in worse[-1][0].message
 
