@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -311,7 +311,7 @@ def _existing(path: Path, *, resume: bool, force: bool) -> RunDir | None:
 def _look(session: Session, listener: Listener, *, force: bool) -> Look | None:
     """Whether the target points the right way; AimError where it points the wrong one, unless that is forced."""
     from iqlite.aim.look import WRONG, chosen, look, sentence
-    from iqlite.evaluation.beginning import heard
+    from iqlite.evaluation.beginning import advice, unsaid
     from iqlite.machine.sizes import within_memory
 
     recipe = session.recipe
@@ -323,12 +323,9 @@ def _look(session: Session, listener: Listener, *, force: bool) -> Look | None:
         return None
     answerers = 3 if session.wanted else 2
     with within_memory(recipe, "with --set, and start again"):
-        numbers = chosen(session)
-        seen = look(session, progress=listener.looking(answerers * len(numbers)))
-        begins = heard(session, session.asked.some(numbers), numbers)
+        seen = look(session, progress=listener.looking(answerers * len(chosen(session))))
+        seen = replace(seen, beginning=advice(unsaid(session), recipe))
     if seen.verdict == WRONG and not force:
         raise AimError(sentence(seen, recipe.path))
     listener.looked(seen, "")
-    if begins:
-        listener.note(f"aim: {begins}")
     return seen

@@ -145,10 +145,10 @@ HELD_OUT_KL = "eval/kl_policy_superior"
 HELD_OUT_FORWARD_KL = "eval/kl_superior_policy"
 """The other way round, where the objective is; what a run is judged by then."""
 
-HELD_OUT_KL_SE = f"{HELD_OUT_KL}_se"
-"""The standard error, by answers, of the KL that a run is judged by."""
+ERROR = "_se"
+"""Ends the name of their standard errors, by answers."""
 
 
-def held_out_kl(values: Mapping[str, float]) -> float | None:
-    """The KL that a run is judged by: forward, where that is its objective, which makes the reverse one rise before it falls. None without an evaluation."""
-    return values.get(HELD_OUT_FORWARD_KL, values.get(HELD_OUT_KL))
+def judged_by(values: Mapping[str, float]) -> str:
+    """The KL that a run is judged by: forward, where that is its objective, which makes the reverse one rise before it falls."""
+    return HELD_OUT_FORWARD_KL if HELD_OUT_FORWARD_KL in values else HELD_OUT_KL

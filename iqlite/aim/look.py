@@ -37,7 +37,7 @@ class Look:
     """What a look has found. `scores` are the measure's means by answerer, `difference` superior − base with its 95 % interval.
 
     `kinds` are, for harmless, (right, all) of the requests to refuse and to answer, by answerer. `verdict` is "right", "none" (no effect
-    beyond chance) or "wrong" (worse than the base in a 97.5 % interval).
+    beyond chance) or "wrong" (worse than the base in a 97.5 % interval). `beginning` is advice where answers would have to begin as the base's never do.
     """
 
     measure: str
@@ -48,6 +48,7 @@ class Look:
     kinds: dict[str, dict[str, tuple[int, int]]]
     verdict: str
     seconds: float
+    beginning: str | None = None
 
     def figures(self) -> str:
         """The means in words: base 0.67, prompted 0.04, superior 0.00 (−0.67 (−0.8..−0.5) from the base)."""

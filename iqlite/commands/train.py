@@ -116,6 +116,8 @@ class _Begins:
         if look.verdict == WRONG:
             text = f"forced: {text.partition(' Nothing was trained')[0]}"
         self.console.print(f"[{ {RIGHT: 'green', WRONG: 'bold red'}.get(look.verdict, 'yellow') }]{clean(text)}[/]")
+        if look.beginning:
+            self.console.print(f"[bold yellow]{clean(look.beginning)}[/]")
 
 
 def _safety(session: Session, run_dir: RunDir, console: Console) -> dict[str, Any]:

@@ -40,9 +40,7 @@ class Contrast:
     clipped_share: float
     implausible_mass: float
     tokens: int
-    unsaid: float | None = (
-        None  # the prompted base's probability, at an answer's first token, for what the base as good as never says there
-    )
+    unsaid: float | None = None  # see beginning.unsaid
 
 
 def contrast(session: Session, rollout: Rollout) -> Contrast:
@@ -68,7 +66,7 @@ def contrast(session: Session, rollout: Rollout) -> Contrast:
         mean("superior/clipped_share"),
         mean("superior/implausible_mass"),
         len(kl_N),
-        unsaid(session, rollout),
+        unsaid(session),
     )
 
 

@@ -132,11 +132,10 @@ def put_beside(making: Path, out: Path) -> None:
 
 def _figure_lines(found: Mapping[str, Any]) -> list[str]:
     lines = []
-    if "held_out_kl_policy_superior" in found:
-        kl = found["held_out_kl_policy_superior"]
-        lines.append(
-            f"Held-out KL(policy‖superior), nats a token: {kl['before']:.3f} before, {kl['after']:.3f} after {found['steps']} steps."
-        )
+    names = {"held_out_kl_superior_policy": "KL(superior‖policy)", "held_out_kl_policy_superior": "KL(policy‖superior)"}
+    for key, name in [(key, name) for key, name in names.items() if key in found][:1]:  # the one that the run was judged by
+        kl = found[key]
+        lines.append(f"Held-out {name}, nats a token: {kl['before']:.3f} before, {kl['after']:.3f} after {found['steps']} steps.")
     if "held_out_measure" in found:
         one = found["held_out_measure"]
         lines.append(f"{one['of']} of held-out answers while training: {one['after']:.2f}, the base's {one['base']:.2f}.")

@@ -71,13 +71,17 @@ def chunked_statistics(
 ) -> TokenStatistics:
     """Rewards, KLs and entropy of the policy's hidden states [n, D] without a gradient, and an objective's own metrics; see `chunked_loss`."""
     values: dict[str, Tensor] = {}
+
+    def add(at: slice) -> None:  # a function of its own, as in `chunked_loss`
+        logp_nV = head(hidden_nD[at]).log_softmax(-1)
+        logp_superior_nV, found = _statistics(head, logp_nV, tokens_n[at], {k: v[at] for k, v in hidden.items()}, scoring)
+        if objective is not None:
+            found |= objective(Chunk(tokens_n[at].to(logp_nV.device), logp_nV, logp_superior_nV))[1]
+        _keep(values, at, len(tokens_n), found)
+
     with torch.no_grad():
         for at in spans(len(tokens_n), chunk_tokens):
-            logp_nV = head(hidden_nD[at]).log_softmax(-1)
-            logp_superior_nV, found = _statistics(head, logp_nV, tokens_n[at], {k: v[at] for k, v in hidden.items()}, scoring)
-            if objective is not None:
-                found |= objective(Chunk(tokens_n[at].to(logp_nV.device), logp_nV, logp_superior_nV))[1]
-            _keep(values, at, len(tokens_n), found)
+            add(at)
     return _on_the_host(values)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from iqlite.base.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from iqlite.errors import RunError, warn
-from iqlite.records import HELD_OUT_KL
+from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL
 from iqlite.run.files import read_json
 from iqlite.run.rundir import RunDir
 
@@ -37,7 +37,9 @@ def figures(run: RunDir, adapter: Path) -> dict[str, Any]:
     if evaluated:
         step = run.step_of(adapter)
         last = [line for line in evaluated if line["step"] <= step][-1]
-        found["held_out_kl_policy_superior"] = {"before": evaluated[0][HELD_OUT_KL], "after": last[HELD_OUT_KL]}
+        for name, key in ((HELD_OUT_KL, "held_out_kl_policy_superior"), (HELD_OUT_FORWARD_KL, "held_out_kl_superior_policy")):
+            if evaluated[0].get(name) is not None:
+                found[key] = {"before": evaluated[0][name], "after": last[name]}
         found["steps"] = last["step"]
     if evaluated and evaluated[0].get("eval/measure") is not None:
         found["held_out_measure"] = {"of": run.recipe().judge.measure, "base": last["eval/measure_base"], "after": last["eval/measure"]}

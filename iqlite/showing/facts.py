@@ -11,7 +11,7 @@ from typing import Any
 from iqlite.base.identity import ADAPTER_WEIGHTS
 from iqlite.recipe.reading import to_data
 from iqlite.recipe.schema import Recipe
-from iqlite.records import held_out_kl
+from iqlite.records import HELD_OUT_KL, judged_by
 from iqlite.run.findings import figures
 from iqlite.run.listing import CONVERGED, FINISHED, RUNNING, UNFINISHED, State, state_of
 from iqlite.run.rundir import RunDir
@@ -151,7 +151,8 @@ def stability(facts: Facts) -> list[tuple[bool, str]]:
         some = max(1, min(3, len(values) // 2))
         return (statistics.fmean(values[:some]), statistics.fmean(values[-some:])) if values else None
 
-    evaluated = [kl for one in facts.metrics if (kl := held_out_kl(one)) is not None]
+    name = max((judged_by(one) for one in facts.metrics), key=lambda name: name != HELD_OUT_KL, default=HELD_OUT_KL)
+    evaluated = [one[name] for one in facts.metrics if one.get(name) is not None]
     if len(evaluated) > 1:
         fell = evaluated[-1] < evaluated[0]
         found.append((fell, f"The distance from the target on held-out prompts {'fell' if fell else 'didn’t fall'}, from {evaluated[0]:.2f} to {evaluated[-1]:.2f} nats a token."))  # fmt: skip

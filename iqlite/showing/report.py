@@ -22,8 +22,8 @@ CURVES = (
     ("Reward", "mean token reward of the step's answers, log π̃ − log π_θ, nats; nearer 0 is nearer the target", ("reward/mean",)),
     ("Distance from the target", "KL(π_θ‖π̃), nats a token; in training and on held-out prompts", ("kl/policy_superior", HELD_OUT_KL)),
     (
-        "Distance of the target",
-        "KL(π̃‖π_θ), which forward-kl makes smaller, nats a token; in training and on held-out prompts",
+        "Distance from the target, forward",
+        "KL(π̃‖π_θ), which forward-kl makes smaller and is judged by, nats a token; in training and on held-out prompts",
         ("kl/superior_policy", HELD_OUT_FORWARD_KL),
     ),
     ("Distance from the base", "KL(π_θ‖π_ref), nats a token", ("kl/policy_reference", "eval/kl_policy_reference")),

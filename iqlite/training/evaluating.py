@@ -13,7 +13,7 @@ import torch
 from iqlite.machine.ranks import ALONE
 from iqlite.method.loss import TokenStatistics
 from iqlite.model.sampling import SPOKEN_TEMPERATURE, SPOKEN_TOP_P, Sampler
-from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL_SE, Messages, Prompts, Rollout, StepMetrics
+from iqlite.records import ERROR, HELD_OUT_FORWARD_KL, HELD_OUT_KL, Messages, Prompts, Rollout, StepMetrics
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import HARMLESS
 from iqlite.training.measuring import by_kind, measured
@@ -33,7 +33,7 @@ class Reporter(Protocol):
 
 
 def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors, step: int) -> tuple[dict[str, float], list[Verdict]]:
-    """Answers held-out prompts with fixed noise: KL(policy‖superior), the superior always read by the bare base, and the recipe's measure."""
+    """Answers held-out prompts with fixed noise: the KL of policy and superior, the latter always read by the bare base, and the recipe's measure."""
     values: dict[str, float] = {}
     answers: dict[str, tuple[Prompts, list[str]]] = {}
     thoughts: list[str] = []
@@ -46,10 +46,9 @@ def evaluate(session: Session, run: RunDir, report: Reporter, monitors: Monitors
         for key, metric in _EVALUATED.items():
             values[f"{name}/{key}"] = found[metric]
         if name == "eval":
-            judged = "kl/superior_policy" if "kl/superior_policy" in found else "kl/policy_superior"
-            values[HELD_OUT_KL_SE] = error_by_answers(statistics.values[judged], rollout)
-            if judged != "kl/policy_superior":
-                values[HELD_OUT_FORWARD_KL] = found[judged]
+            for key, metric in ((HELD_OUT_KL, "kl/policy_superior"), (HELD_OUT_FORWARD_KL, "kl/superior_policy")):
+                if metric in found:  # the second, where it is the objective
+                    values |= {key: found[metric], key + ERROR: error_by_answers(statistics.values[metric], rollout)}
         answers[name] = asked, [session.chat.text(rollout.response_ids(row)) for row in range(len(asked))]
         if name != "outside":
             thoughts += [session.chat.thought(rollout.response_ids(row)) for row in range(len(asked))]

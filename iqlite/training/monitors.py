@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL_SE, held_out_kl
+from iqlite.records import ERROR, HELD_OUT_KL, judged_by
 from iqlite.scoring.intervals import FEWEST, paired
 
 FIRST = 3  # steps that say what is normal for this run
@@ -89,21 +89,20 @@ class Monitors:
     ) -> tuple[bool, list[Verdict]]:
         """(is this the best adapter so far, verdicts) for one evaluation on the held-out prompts.
 
-        The KL is `held_out_kl`'s; where a run of an older version went by the other one, that counts no more.
+        The KL is that of `records.judged_by`; where a run of an older version went by the other one, that counts no more.
         `scores` are its answers' by the recipe's measure, as many as `base_scores`, the base's own on the same prompts. What scores lower
         than the base by more than a standard error is never the best; what does beyond chance, twice in a row, stops. Where prompts are of several
         `kinds` (one a score), the best must not be lower in any: more right refusals don't pay for harmless requests that are refused too. Beyond
         chance in one of them warns.
         """
-        kl, forward = held_out_kl(values), HELD_OUT_FORWARD_KL in values
-        assert kl is not None
+        name = judged_by(values)
+        kl, error, forward = values[name], values.get(name + ERROR, 0.0), name != HELD_OUT_KL
         which = "KL(superior‖policy)" if forward else "KL(policy‖superior)"
         if forward != self.forward:
-            self.forward, self.best_kl, self.settled_kl = forward, math.inf, math.inf
+            self.forward, self.best_step, self.best_kl, self.settled_kl = forward, 0, math.inf, math.inf
             self.in_a_row.pop("held-out", None)
         lower, worse, one_sided = self._behind(scores, kinds)
         better = not lower and (kl < self.best_kl * (1 - IMPROVEMENT) if math.isfinite(self.best_kl) else math.isfinite(kl))
-        error = values.get(HELD_OUT_KL_SE, 0.0)
         if better:
             self.best_kl, self.best_error, self.best_step = kl, error, step
         noise = BEYOND_NOISE * math.hypot(error, self.best_error)

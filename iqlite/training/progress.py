@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from iqlite.machine.ranks import ALONE, Ranks, launched_by
-from iqlite.records import StepMetrics, held_out_kl
+from iqlite.records import HELD_OUT_KL, StepMetrics, judged_by
 from iqlite.terminal import clean, duration, spark
 from iqlite.training.monitors import Verdict
 
@@ -41,7 +41,7 @@ CURVES = {
     "KL(π‖ref)": "kl/policy_reference",
     "length": "response/length",
     "": "eval/measure",
-    "held-out KL": "held-out KL",
+    "held-out KL": HELD_OUT_KL,
 }
 """What is drawn, by the name it is shown by; the measure has its own, and the held-out KL is the one that the run is judged by."""
 
@@ -102,8 +102,7 @@ class TrainingView:
             found = f"reward {v['reward/mean']:+z.3f}  KL(π‖π̃) {v['kl/policy_superior']:z.3f}  KL(π‖ref) {v['kl/policy_reference']:z.3f}"
             done = metrics.step - self.first + 1
             left = (time.monotonic() - self.started) / done * (total - metrics.step)
-            kl = held_out_kl(v)
-            held = "" if kl is None else f"  held-out KL {kl:z.3f}"
+            held = f"  held-out KL {v[judged_by(v)]:z.3f}" if HELD_OUT_KL in v else ""
             held += f", measure {v['eval/measure']:.2f} (base {v['eval/measure_base']:.2f})" if "eval/measure" in v else ""
             self.out.print(f"step {metrics.step}/{total}  {found}  {work}{held}  left {duration(left)}", markup=False)
         else:
@@ -135,7 +134,7 @@ class TrainingView:
 
     def _remember(self, values: Mapping[str, Any]) -> None:
         for name, curve in self.curves.items():
-            value = held_out_kl(values) if name == CURVES["held-out KL"] else values.get(name)
+            value = values.get(judged_by(values) if name == HELD_OUT_KL else name)
             if value is not None and value == value and abs(value) != float("inf"):
                 curve.append(value)
         if values.get("eval/measure_base") is not None:

@@ -30,7 +30,6 @@ CHOICES: dict[str, dict[str, float | str]] = {
     "2 updates a rollout": {"updates_per_rollout": 2},
     "4 updates a rollout": {"updates_per_rollout": 4},
     "4 prompts a step": {"prompts_per_step": 4},
-    "16 prompts a step": {"prompts_per_step": 16},
     "4 prompts, 2 updates": {"prompts_per_step": 4, "updates_per_rollout": 2},
     "forward KL": {"objective": "forward-kl"},
 }
@@ -70,7 +69,7 @@ def row(task: str, runs: list[RunDir], mark: float) -> list[str]:
     """Its cells."""
     curves = [of_run(run, SCORES.get(task)) for run in runs]
     last = [curve[-1] for curve in curves]
-    away = [run.metrics()[-1]["eval/kl_policy_reference"] for run in runs]
+    away = [[line for line in run.metrics() if "eval/kl_policy_reference" in line][-1]["eval/kl_policy_reference"] for run in runs]
     return [
         when([reached(curve, mark) for curve in curves]), spread([p.tokens for p in last], "{:,.0f}"), spread([p.seconds / 60 for p in last], "{:.1f}"),
         spread([p.score for p in last], "{:.3f}"), spread([p.words for p in last], "{:.0f}"), spread(away, "{:.2f}"),

@@ -13,7 +13,7 @@ import tomli_w
 import torch
 
 from iqlite.evaluation import beginning
-from iqlite.evaluation.beginning import advice
+from iqlite.evaluation.beginning import advice, unsaid
 from iqlite.evaluation.curves import Point, of_run, until
 from iqlite.evaluation.probing import ESTIMATE, RANKINGS, Contrast, Voice, agreement, contrast, ranks, suggested, verdict
 from iqlite.model.sampling import Sampler
@@ -25,6 +25,7 @@ from iqlite.run.rundir import RunDir
 from iqlite.scoring.intervals import Estimate, wilson
 from iqlite.training.session import Session
 from tests.helpers.oracle import superior
+from tests.helpers.tiny import shake
 
 ALIKE = "You always answer in a cheerful and excited way.", "You always answer in a gloomy and bored way."
 
@@ -149,18 +150,20 @@ def test_the_readings_differ_by_the_models_own_kl(make_session: Callable[..., Se
         count += len(answer)
     assert found.kl_wanted == pytest.approx(sums["reference"] / count, rel=1e-3)
     assert found.kl_opposed == pytest.approx(sums["unwanted"] / count, rel=1e-3)
-    unsaid = dict.fromkeys((beginning.RARE, 1e-2), 0.0)
-    for request in rollout.requests:  # what the prompted base begins with, and the base doesn't
+    shares = dict.fromkeys((beginning.RARE, 1e-2), 0.0)
+    for request in session.eval.requests:  # what the prompted base begins with, and the base doesn't
         with session.policy.acting_as("reference"):
             plain, told = (
                 session.policy.model(input_ids=torch.tensor([session.chat.ids(request, text)])).logits[0, -1].double().softmax(-1).tolist()
                 for text in (None, session.wanted)
             )
-        for rare in unsaid:
-            unsaid[rare] += sum(b for a, b in zip(plain, told, strict=True) if a < rare) / len(rollout.requests)
-    for rare, share in unsaid.items():
+        for rare in shares:
+            shares[rare] += sum(b for a, b in zip(plain, told, strict=True) if a < rare) / len(session.eval)
+    for rare, share in shares.items():
         monkeypatch.setattr(beginning, "RARE", rare)
         assert contrast(session, rollout).unsaid == pytest.approx(share, rel=1e-3) and share > 0
+    shake(session.policy)  # a policy that has learned: what it says counts, and not the base
+    assert unsaid(session) != pytest.approx(share, rel=1e-3)
     assert contrast(make_session(superior={"estimator": "prompted"}), rollout).kl_opposed is None  # nobody reads the unwanted there
 
 
@@ -171,15 +174,23 @@ def test_a_beginning_that_the_base_never_makes_asks_for_forward_kl(make_recipe: 
     assert told and "forward-kl" not in told and '"prompted"' in told
     assert advice(0.9, make_recipe(objective={"name": "forward-kl"}, superior={"estimator": "prompted", "strength": 1.0})) is None
     assert advice(0.1, make_recipe()) is None and advice(None, make_recipe()) is None
+    told = advice(0.9, make_recipe(superior={"plausibility": 0.0}))
+    assert told and "forward-kl" in told and "superior" not in told
+    two = tuple({"name": name, "wanted": f"Be {name}.", "unwanted": f"Never be {name}."} for name in ("kind", "short"))
+    told = advice(0.9, make_recipe(superior={"estimator": "mixture"}, behavior={"wanted": None, "unwanted": None, "mixture": two}))
+    assert told and "superior.plausibility = 0" in told and '"prompted"' not in told
 
 
-def test_train_and_probe_say_so(iqlite: Callable[..., Any], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_and_probe_say_so(
+    iqlite: Callable[..., Any], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On a tiny vocabulary nothing is rare, but for this."""
     words = " ".join(iqlite("train", recipe_file(), "--out", "fine", "--no-safety")[1].split())
     assert "aim: " in words and "as good as never begins" not in words
     monkeypatch.setattr(beginning, "RARE", 1.1)
     words = " ".join(iqlite("train", recipe_file(), "--out", "warned", "--no-safety")[1].split())
-    assert 'begins 100% of its answers with what the base as good as never begins with: set objective.name = "forward-kl" and' in words
+    assert 'begins 100% of its answers with what the model as good as never begins with: set objective.name = "forward-kl" and' in words
+    assert "forward-kl" in json.loads((tmp_path / "warned" / "aim.json").read_text("utf-8"))["beginning"]
     told = json.loads(iqlite("probe", recipe_file(), "--count", "2", "--json")[1])
     assert told["contrast"]["unsaid"] == pytest.approx(1.0) and "forward-kl" in told["beginning"]
 

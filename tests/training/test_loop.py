@@ -100,10 +100,13 @@ def test_forward_kl_records_the_kl_that_it_is_judged_by(make_session: Callable[.
     hidden = {name: states_BTD[rollout.mask_BT] for name, states_BTD in scores.hidden.items()}
     logp_nV = session.policy.head(hidden.pop("policy")).double().log_softmax(-1)
     superior_nV = session.scoring(session.policy.head, hidden)[0].double()
-    forward = (superior_nV.exp() * (superior_nV - logp_nV)).sum(-1).mean()
-    last = run.metrics()[-1]
-    assert last["eval/kl_superior_policy"] == pytest.approx(float(forward), rel=1e-4)
-    assert last["loss"] == pytest.approx(last["kl/superior_policy"], rel=1e-6) and last["eval/kl_policy_superior_se"] > 0
+    forward_n = (superior_nV.exp() * (superior_nV - logp_nV)).sum(-1)
+    mean, last = float(forward_n.mean()), run.metrics()[-1]
+    beside = [float((part - mean).sum()) for part in forward_n.split(rollout.mask_BT.sum(-1).tolist())]
+    error = math.sqrt(sum(one**2 for one in beside) * len(beside) / (len(beside) - 1)) / len(forward_n)
+    assert last["eval/kl_superior_policy"] == pytest.approx(mean, rel=1e-4)
+    assert last["eval/kl_superior_policy_se"] == pytest.approx(error, rel=1e-3) and error > 0
+    assert last["eval/kl_policy_superior_se"] != last["eval/kl_superior_policy_se"]
 
 
 def test_the_data_order_is_passes_over_permutations() -> None:

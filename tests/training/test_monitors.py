@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqlite.records import HELD_OUT_FORWARD_KL, HELD_OUT_KL, HELD_OUT_KL_SE, Rollout
+from iqlite.records import ERROR, HELD_OUT_FORWARD_KL, HELD_OUT_KL, Rollout
 from iqlite.training.evaluating import error_by_answers
 from iqlite.training.monitors import Monitors, Verdict
 
@@ -113,12 +113,12 @@ def test_the_noise_of_a_few_short_answers_neither_stops_a_run_nor_keeps_it_going
     kls = (0.634, 0.564, 0.658, 0.642, 0.495, 0.353, 0.515, 0.470, 0.518)
     for error, stops in ((0.0, True), (0.07, False)):
         monitors = Monitors(5.0)
-        seen = [monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL_SE: error})[1] for step, kl in enumerate(kls)]
+        seen = [monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL + ERROR: error})[1] for step, kl in enumerate(kls)]
         assert any(v.stop for verdicts in seen for v in verdicts) == stops
     for error, settled in ((0.0, 6), (0.02, 2)):
         monitors = Monitors(5.0, until_converged=True)
         for step, kl in enumerate((1.0, 0.7, 0.5, 0.497, 0.494, 0.489, 0.484)):
-            monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL_SE: error})
+            monitors.after_eval(step, {HELD_OUT_KL: kl, HELD_OUT_KL + ERROR: error})
         assert monitors.settled_step == settled
 
 
@@ -129,7 +129,9 @@ def test_forward_kl_is_judged_by_the_forward_kl() -> None:
     for both, stops in ((False, True), (True, False)):
         monitors, seen = Monitors(5.0), []
         for step, (r, f, error) in enumerate(zip(reverse, forward, errors, strict=True)):
-            values = {HELD_OUT_KL: r, HELD_OUT_KL_SE: error} | ({HELD_OUT_FORWARD_KL: f} if both else {})
+            values = {HELD_OUT_KL: r, HELD_OUT_KL + ERROR: error} | (
+                {HELD_OUT_FORWARD_KL: f, HELD_OUT_FORWARD_KL + ERROR: error} if both else {}
+            )
             seen.append(monitors.after_eval(step, values))
         assert any(verdict.stop for _, verdicts in seen for verdict in verdicts) == stops
         assert [better for better, _ in seen] == [True, both, both, both, both]
