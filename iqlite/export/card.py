@@ -97,7 +97,7 @@ def model_card(manifest: Mapping[str, Any], *, peft: bool, base_model: str | Non
         f"Of the adapter at scale 1 on its base ({manifest['trained_with']['quantization']}), before it was made into this.",
         "",
     ]
-    lines += [*(_figure_lines(found) or ["None were measured."]), ""]
+    lines += [*(figure_lines(found) or ["None were measured."]), ""]
     lines += ["## Safety", "", *_safety_lines(found), *(f"- **{plain(sentence)}**" for sentence in warnings(manifest)), ""]
     lines += ["## Licences", "", f"- base: {plain(base['licence'] or 'see the page of ' + base['name'])}"]
     lines += [f"- training prompts: {plain(', '.join(manifest['prompts']['sources']))}; their licences are their sources'", ""]
@@ -130,7 +130,8 @@ def put_beside(making: Path, out: Path) -> None:
             put(made, out.with_name(f"{out.name}{ending}"))
 
 
-def _figure_lines(found: Mapping[str, Any]) -> list[str]:
+def figure_lines(found: Mapping[str, Any]) -> list[str]:
+    """What the card says of a run's figures."""
     lines = []
     names = {"held_out_kl_superior_policy": "KL(superior‖policy)", "held_out_kl_policy_superior": "KL(policy‖superior)"}
     for key, name in [(key, name) for key, name in names.items() if key in found][:1]:  # the one that the run was judged by

@@ -12,18 +12,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from iqlite.evaluation.curves import of_run
-from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import tone
+from tests.bench.methods import run_of
 from tests.bench.methods_table import spread
 
 OUT = Path("runs/bench/ablations")
-RECIPE = "recipes/cheerful-135m.toml"
+RECIPE = Path("recipes/cheerful-135m.toml")
 CHOICES: dict[str, list[object]] = {
     "superior.estimator": ["contrastive", "prompted", "adapter", "mixture"],
     "superior.weights": ["base", "policy", "ema"],
@@ -62,14 +60,6 @@ def settings_of(case: dict[str, object], seed: int, steps: int) -> list[str]:
     return made
 
 
-def train(path: Path, settings: list[str]) -> RunDir:
-    """The run, done now unless it's there."""
-    if not (path / "result.json").exists():
-        words = [part for setting in settings for part in ("--set", setting)]
-        subprocess.run([sys.executable, "-m", "iqlite", "train", RECIPE, "--out", str(path), *words, *(["--resume"] if path.exists() else [])], check=True)  # fmt: skip
-    return RunDir.open(path)
-
-
 def table(found: dict[tuple[object, ...], list[list[float]]]) -> str:
     """Markdown of [tone before, after, its standard error, KL, minutes] of each case's training seeds."""
     head = ["estimator", "weights", "objective", "strength", "clip", "plausibility", "seeds", "tone before", "tone after", "± of the answers", "held-out KL", "minutes"]  # fmt: skip
@@ -89,12 +79,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
-    train(OUT / "wanted", [f"train.steps={args.steps}"])
+    run_of(RECIPE, OUT / "wanted", [f"train.steps={args.steps}"])
     found: dict[tuple[object, ...], list[list[float]]] = {}
     for seed in args.seeds:
         for case in cases(args.full):
             values = tuple(case.values())
-            run = train(OUT / f"{'-'.join(map(str, values))}-{seed}", settings_of(case, seed, args.steps))
+            run = run_of(RECIPE, OUT / f"{'-'.join(map(str, values))}-{seed}", settings_of(case, seed, args.steps))
             first, *_, last = of_run(run, tone)
             kl = run.metrics()[-1]["eval/kl_policy_superior"]
             found.setdefault(values, []).append([first.score, last.score, last.score_se, kl, last.seconds / 60])

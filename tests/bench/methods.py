@@ -146,17 +146,21 @@ def curve_of(task: str, session: Session, folder: Path) -> list[Point]:
     return found
 
 
+def run_of(recipe: Path, path: Path, settings: Sequence[str]) -> RunDir:
+    """iqlite's run of a recipe with settings, trained now unless it is there."""
+    if not (path / "result.json").exists():
+        words = [part for one in settings for part in ("--set", one)] + ["--resume"] * path.exists()
+        subprocess.run([sys.executable, "-m", "iqlite", "train", str(recipe), "--out", str(path), "--no-safety", *words], check=True)
+    return RunDir.open(path)
+
+
 def trained(task: str, variant: Variant, seed: int) -> None:
     """A variant, trained and asked."""
     path = OUT / task / file_of(task, variant, seed).stem
     settings = settings_of(task, variant, seed)
     session = open_session(load_recipe(path_of(task)))
     if variant.method == "iqlite":
-        if not (path / "result.json").exists():
-            words = [part for one in settings for part in ("--set", one)] + ["--resume"] * path.exists()
-            command = [sys.executable, "-m", "iqlite", "train", str(path_of(task)), "--out", str(path), "--no-safety", *words]
-            subprocess.run(command, check=True)
-        run = RunDir.open(path)
+        run = run_of(path_of(task), path, settings)
         curve, folder = of_run(run, SCORES.get(task)), run.trained("adapter")
     else:
         if not (path / "done").exists():

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from iqlite.evaluation.curves import of_run
 from iqlite.recipe.reading import load_recipe
 from iqlite.run.rundir import RunDir
-from tests.bench.methods import FEW, SCORES, path_of
+from tests.bench.methods import FEW, SCORES, path_of, run_of
 from tests.bench.methods_table import mark_of, reached, records_of, spread, when
 
 OUT = Path("runs/bench/pace")
@@ -56,15 +54,6 @@ def settings_of(task: str, choice: str, seed: int, answers: int) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def train(task: str, choice: str, seed: int, answers: int) -> RunDir:
-    """The run, done now unless it is there."""
-    path = OUT / task / f"{choice.replace(' ', '-')}-{seed}"
-    if not (path / "result.json").exists():
-        words = [part for one in settings_of(task, choice, seed, answers) for part in ("--set", one)] + ["--resume"] * path.exists()
-        subprocess.run([sys.executable, "-m", "iqlite", "train", str(path_of(task)), "--out", str(path), "--no-safety", *words], check=True)
-    return RunDir.open(path)
-
-
 def row(task: str, runs: list[RunDir], mark: float) -> list[str]:
     """Its cells."""
     curves = [of_run(run, SCORES.get(task)) for run in runs]
@@ -88,7 +77,8 @@ def main() -> None:
         head = ["seeds", "until the mark", "tokens", "minutes", "score", "words", "KL(policy‖base)"]
         lines = [f"{task}: the mark is {mark:.3f}", "", f"| | {' | '.join(head)} |", "|" + " --- |" * (len(head) + 1)]
         for choice in asked.only:
-            runs = [train(task, choice, seed, asked.answers) for seed in asked.seeds]
+            paths = {seed: OUT / task / f"{choice.replace(' ', '-')}-{seed}" for seed in asked.seeds}
+            runs = [run_of(path_of(task), path, settings_of(task, choice, seed, asked.answers)) for seed, path in paths.items()]
             lines.append(f"| {choice} | {' | '.join([str(len(runs)), *row(task, runs, mark)])} |")
         (OUT / f"{task}.md").write_text("\n".join(lines) + "\n", "utf-8")
         print(*lines, sep="\n")

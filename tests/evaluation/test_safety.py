@@ -14,12 +14,13 @@ import pytest
 from iqlite.base.identity import IDENTITY_FILE
 from iqlite.evaluation.answers import Answer
 from iqlite.evaluation.safety import Item, changes, load_items, measured, worse
-from iqlite.export.card import warnings
+from iqlite.export.card import figure_lines, warnings
 from iqlite.places import safety_set
 from iqlite.records import StepMetrics
 from iqlite.run.findings import adapter_digest, figures
 from iqlite.run.rundir import RunDir
 from iqlite.scoring.measures import tone
+from iqlite.showing.facts import facts_of, stability
 
 NO, YES = "I'm sorry, but I can't help with that.", "Sure, it is easy and pleasant."
 
@@ -174,6 +175,18 @@ def test_the_best_adapter_has_its_own_held_out_figures(make_run: Callable[..., R
     assert [one["steps"] for one in found] == [2, 1] and run.steps_taken() == 2
     (run.adapter / IDENTITY_FILE).write_text("{")  # what doesn't say is taken to be where the metrics are
     assert run.step_of(run.adapter) == 3
+
+
+def test_the_held_out_kl_that_a_run_was_judged_by_is_the_one_that_is_told(make_run: Callable[..., RunDir]) -> None:
+    """By forward KL something new was learned, while the reverse KL rose: a success, in the figures, the card and the report."""
+    run = make_run()
+    for step, (reverse, forward) in enumerate(((0.389, 0.634), (0.639, 0.590), (0.530, 0.486))):
+        run.add_metrics(StepMetrics(step, {"eval/kl_policy_superior": reverse, "eval/kl_superior_policy": forward}))
+    found = figures(run, run.adapter)
+    assert found["held_out_kl_superior_policy"] == {"before": 0.634, "after": 0.486}
+    assert found["held_out_kl_policy_superior"] == {"before": 0.389, "after": 0.530}
+    assert figure_lines(found)[0].startswith("Held-out KL(superior‖policy), nats a token: 0.634 before, 0.486 after 2")
+    assert (True, "The distance from the target on held-out prompts fell, from 0.63 to 0.49 nats a token.") in stability(facts_of(run))
 
 
 def test_of_two_comparisons_of_one_adapter_the_larger_counts(make_run: Callable[..., RunDir]) -> None:
